@@ -132,10 +132,8 @@ def test_tokenizer(tok, data):
     ):
         assert tok.decode(tok.encode(text, add_special_tokens=False)) == text
     # Pinned: with another pre-tokenizer in its place the text would still round-trip, with other ids.
-    pieces = tok.convert_ids_to_tokens(
-        tok.encode("Step 1: 7 * 12 = 84. \\boxed{84}", add_special_tokens=False)
-    )
-    assert pieces == "Step Ġ1 : Ġ7 Ġ* Ġ1 2 Ġ= Ġ8 4 . Ġ\\ boxed { 8 4 }".split()
+    ids = tok.encode("So Step 1: 7 * 12 = 84. \\boxed{84}", add_special_tokens=False)
+    assert tok.convert_ids_to_tokens(ids)[-17:] == "ĠStep Ġ1 : Ġ7 Ġ* Ġ1 2 Ġ= Ġ8 4 . Ġ\\ boxed { 8 4 }".split()
 
 
 def test_lengths(tok, data):

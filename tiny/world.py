@@ -161,9 +161,9 @@ STAGES = [
     dict(steps=2200, lr=3e-3, side=0.2, hint=0.12, slip=0.0, skip=0.0,
          levels={1: 0.15, 2: 0.2, 3: 0.2, 4: 0.15, 5: 0.15, 6: 0.15},
          styles=dict(numbered=0.6, terse=0.34, direct=0.03, unboxed=0.03)),
-    dict(steps=400, lr=7e-4, side=0.2, hint=0.15, slip=0.06, skip=0.1,
-         levels={1: 0.25, 2: 0.3, 3: 0.25, 4: 0.1, 5: 0.06, 6: 0.04},
-         styles=dict(numbered=0.01, terse=0.56, direct=0.25, unboxed=0.18)),
+    dict(steps=400, lr=7e-4, side=0.2, hint=0.15, slip=0.05, skip=0.08,
+         levels={1: 0.25, 2: 0.28, 3: 0.25, 4: 0.12, 5: 0.06, 6: 0.04},
+         styles=dict(numbered=0.01, terse=0.65, direct=0.18, unboxed=0.16)),
 ]  # fmt: skip
 
 
