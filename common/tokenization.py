@@ -1,0 +1,350 @@
+"""Between the disk and the tensors: text, token ids and masks; and the files they are read from and written to.
+
+Four rules, each the cure of a bug that this field keeps having:
+
+1. Prompt and response are encoded apart and joined as ids: no token straddles the boundary, masks are exact.
+2. EOS is part of the response: sampled, scored, trained. A model that never has it as a target never stops.
+3. Masks come from lengths, never from comparing ids with the pad id: for many models pad *is* EOS.
+4. Scoring pads on the right, where causal attention does not look; only sampling pads on the left.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from datasets import get_dataset_split_names, load_dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+datasets.disable_progress_bars()  # one bar, the script's
+transformers.utils.logging.disable_progress_bar()
+
+
+class BadInput(SystemExit):
+    """The user's mistake: a sentence that names flag, file or row and the remedy; exit status 2, no traceback."""
+
+    def __init__(self, sentence):
+        print(f"error: {sentence}", file=sys.stderr)
+        super().__init__(2)
+        self.sentence = sentence
+
+    def __str__(self):
+        return self.sentence
+
+
+def demand(condition, sentence):
+    """Raise BadInput unless the condition holds."""
+    if not condition:
+        raise BadInput(sentence)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- text -> ids -----------------------------------------------------------------------------------------
+
+
+def encode_prompts(tokenizer, questions, template="{question}"):
+    """For each question the ids of everything up to the first response token.
+
+    `template` wraps the question ("{question} Put the answer in \\\\boxed{}."); it is filled by replacement, not by
+    str.format, because LaTeX is full of braces. A model without a chat template gets a plain prompt that ends in
+    a newline, so that a response needs no leading space to be tokenised as in running text.
+    """
+    texts = [template.replace("{question}", question) for question in questions]
+    if tokenizer.chat_template is None:
+        return [tokenizer.encode(f"Question: {text}\nAnswer:\n") for text in texts]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+
+
+def encode_response(tokenizer, text):
+    """Ids of a demonstration, EOS included."""
+    return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+
+
+def decode_responses(tokenizer, responses):
+    """Texts of responses without EOS, exactly as the verifier and `samples.jsonl` see them."""
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+
+def stop_ids(tokenizer, config):
+    """Every id that ends a response: the tokenizer's EOS and the model config's, of which Llama 3 has three."""
+    more = config.get_text_config().eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})
+
+
+# ---- ids -> tensors --------------------------------------------------------------------------------------
+
+
+def cut(ids, stops, budget):
+    """A response ends with its first EOS or with the budget, whichever comes first."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: min(end, budget)]
+
+
+def pad(rows, side="right", device=None):
+    """Ragged lists of ids -> tokens [B, T] int64 and attention_mask [B, T], 1 on real tokens.
+
+    The pad id is never read by anything (rule 3), so any valid id serves; 0 exists in every vocabulary.
+    """
+    width = max(map(len, rows), default=0)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    attention_mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        tokens[i, where] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[i, where] = 1
+    return tokens.to(device), attention_mask.to(device)
+
+
+def join(prompts, responses, device=None):
+    """Prompt ids + response ids, right-padded: tokens [B, T] and response_mask [B, T], 1 on the response and its EOS."""
+    tokens, response_mask = pad([list(p) + list(r) for p, r in zip(prompts, responses)])
+    for i, prompt in enumerate(prompts):
+        response_mask[i, : len(prompt)] = 0  # what is left of the attention mask is the response
+    return tokens.to(device), response_mask.to(device)
+
+
+def align(values, response_mask):
+    """Ragged lists of one number per response token -> [B, T], each on the position of its token."""
+    grid = torch.zeros(response_mask.shape)
+    grid[response_mask.bool()] = torch.tensor([v for row in values for v in row])
+    return grid
+
+
+def split_by_tokens(response_mask, rows, max_tokens):
+    """Cut the row numbers `rows` into micro-batches: a list of (rows, width), rows x width at most `max_tokens`.
+
+    Rows of similar length go together, so little is padding; `width` ends at the last response token of the longest.
+    A row longer than the budget goes alone, a row without a response token not at all. Every script divides by a
+    normaliser of the whole optimizer batch, so how the batch is cut changes no gradient.
+    """
+    positions = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
+    width = (
+        (response_mask * positions).amax(1).tolist() if response_mask.numel() else []
+    )  # last response token + 1
+    micro_batches = []
+    for i in sorted((i for i in rows if width[i]), key=lambda i: -width[i]):
+        # the first row of a micro-batch is its longest
+        if not micro_batches or width[micro_batches[-1][0]] * (len(micro_batches[-1]) + 1) > max_tokens:
+            micro_batches.append([])
+        micro_batches[-1].append(i)
+    return [(micro, width[micro[0]]) for micro in micro_batches]
+
+
+# ---- data sets -------------------------------------------------------------------------------------------
+
+
+def split_names(path, flag):
+    """Names of the splits of a data set; a single file is one split, "train"."""
+    if os.path.isfile(path):
+        return ["train"]
+    try:
+        return get_dataset_split_names(path)
+    except (
+        Exception
+    ) as error:  # datasets raises a dozen types here, and all of them are about the user's path
+        raise BadInput(
+            f"{flag} {path}: no readable file, folder or hub name ({first_line(error)})."
+        ) from None
+
+
+def load_split(path, split, columns, flag="--data"):
+    """One split of a data set, memory-mapped: `path` is a .jsonl, .json, .csv or .parquet file, a folder or a hub name.
+
+    `columns` maps the flag that names a column to the column; each must exist and hold text in every row.
+    """
+    names = split_names(path, flag)
+    demand(
+        split in names, f"{path} has no split {split}, only {', '.join(names)}: see --split and --eval-split."
+    )
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
+        os.path.splitext(path)[1]
+    )
+    is_file = os.path.isfile(path)
+    demand(kind or not is_file, f"{flag} {path}: a file must end in .jsonl, .json, .csv or .parquet.")
+    try:
+        rows = (
+            load_dataset(kind, data_files=path, split=split) if is_file else load_dataset(path, split=split)
+        )
+    except Exception as error:
+        raise BadInput(f"{flag} {path}: split {split} cannot be read ({first_line(error)}).") from None
+    demand(len(rows), f"{flag} {path}: split {split} has no rows.")
+    for key_flag, key in columns.items():
+        have = ", ".join(rows.column_names)
+        demand(
+            key in rows.column_names, f"{key_flag} {key}: not among the columns of {path}, which are {have}."
+        )
+        for i, text in enumerate(rows[key]):
+            good = isinstance(text, str) and text.strip()
+            demand(
+                good, f"{path}, {split}, row {i}: {key} ({key_flag}) holds no text; mend or remove the row."
+            )
+    return rows
+
+
+def load_splits(args, extract_answer, check_gold, demonstrations=False):
+    """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
+
+    The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where there is none,
+    every tenth training row is kept apart for evaluation and never trained on. Held-out rows have a column `gold`;
+    training rows too, unless they are `demonstrations`, which need a solution instead.
+    """
+    columns = {"--question-key": args.question_key}
+    need = {"--solution-key": args.solution_key} if demonstrations else {}
+    train = load_split(args.data, args.split, columns | need)
+    path = args.eval_data or args.data
+    names = split_names(path, "--eval-data")
+    split = args.eval_split or ("test" if "test" in names else names[0] if args.eval_data else None)
+    if split:
+        test = load_split(path, split, columns, "--eval-data")
+    else:
+        demand(
+            len(train) > 1,
+            f"--data {path}: one row cannot be both trained on and held out; give --eval-data.",
+        )
+        print(f"{path} has no test split: every tenth row of {args.split} is held out and not trained on")
+        test = train.select(range(0, len(train), 10))
+        train = train.select([i for i in range(len(train)) if i % 10])
+    if not demonstrations:
+        train = with_gold(train, args, extract_answer, check_gold)
+    test = with_gold(test, args, extract_answer, check_gold)
+    return train, test.select(range(min(len(test), args.eval_questions)))
+
+
+def with_gold(rows, args, extract_answer, check_gold):
+    """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
+
+    The answer column, or where there is none the solution column, holds the bare answer or a text that ends in it
+    (GSM8K's ####, MATH's \\boxed{}). A demonstration may be wrong, the gold may not: give it its own column then.
+    """
+    key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
+    demand(
+        key in rows.column_names, f"--answer-key {key}: not among the columns {', '.join(rows.column_names)}."
+    )
+    texts = [str(text).strip() for text in rows[key]]
+    golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
+    parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
+    print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
+    demand(parsed, f"--answer-key {key}: not one gold answer parses.")
+    rows = rows.remove_columns(["gold"] if "gold" in rows.column_names else [])
+    return rows.add_column("gold", golds).select(parsed)
+
+
+def pass_at_k(right, levels):
+    """TEMPORARY ROOM, moves to verifier.py. Accuracy and pass@k, overall and by level.
+
+    right: 1 + n verdicts per question, the greedy answers of all questions first, then n rounds of samples.
+    pass@k = 1 - C(n - c, k) / C(n, k), unbiased for c right among n samples (Chen et al., 2107.03374).
+    """
+    from math import comb
+
+    levels, scores = list(levels), {}
+    size = len(levels)
+    n = len(right) // size - 1
+    for level in [None, *sorted(set(levels) - {None})]:
+        ids = [i for i in range(size) if level is None or levels[i] == level]
+        scores[level] = {"accuracy": sum(right[i] for i in ids) / len(ids)}
+        for k in (2**j for j in range(n.bit_length())):
+            missed = [comb(n - int(sum(right[i + size :: size])), k) / comb(n, k) for i in ids]
+            scores[level][f"pass@{k}"] = 1 - sum(missed) / len(ids)
+    return scores.pop(None) | {"levels": scores}
+
+
+# ---- model folders and run folders -----------------------------------------------------------------------
+
+
+def load_model(source):
+    """Model and tokenizer of a hub name or folder, on the GPU if there is one, without dropout.
+
+    Weights are fp32 whatever the file holds. An update at RL's learning rates is below the resolution of bf16:
+    Adam at 1e-6 leaves 98 % of bf16 weights unmoved. `--dtype bf16` is autocast over these fp32 weights.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {source} cannot be loaded: {first_line(error)}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # eval(): dropout off
+
+
+def save_model(folder, model, tokenizer, state=None):
+    """An ordinary model folder; with `state` (optimizer, step, ...) it is a checkpoint and replaces older ones.
+
+    Written under another name and renamed when complete: under its own name it is whole or absent, so a run that
+    is killed at any moment leaves its last checkpoint.
+    """
+    half = folder.with_name("half-" + folder.name)
+    model.save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    if state:
+        torch.save(state, half / "state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    half.rename(folder)
+    for old in set(checkpoints(folder.parent)) - {folder} if state else ():
+        shutil.rmtree(old)  # only now, when the new one is whole
+
+
+def checkpoints(folder):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
+
+
+def environment():
+    """What args.json records beside the arguments: package versions and, in a git checkout, the commit."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    packages = {name: version(name) for name in ("torch", "transformers", "datasets", "sympy")}
+    return {"versions": packages, "commit": git.stdout.strip()}
+
+
+def open_run(args):
+    """The folder of a run, its newest checkpoint and the state in it: (Path, Path or None, dict with `step`).
+
+    Without --resume the folder is new; an earlier run of that name is moved aside, never overwritten. With --resume
+    the lines of metrics.jsonl and samples.jsonl that came after the checkpoint are cut: they will be made again.
+    """
+    out = Path(args.output_dir)
+    if not args.resume:
+        if out.exists():
+            out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
+        out.mkdir(parents=True)
+        (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
+        return out, None, {"step": 0}
+    whole = checkpoints(out)
+    demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
+    state = torch.load(whole[-1] / "state.pt", weights_only=True)
+    changed = [k for k, was in state["args"].items() if k != "resume" and was != getattr(args, k)]
+    demand(not changed, f"--resume: {', '.join(changed)} differ from the first run; give the same arguments.")
+    for file in (out / "metrics.jsonl", out / "samples.jsonl"):
+        lines = file.read_text().split("\n")[:-1]  # a killed run may leave half a line at the end
+        file.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= state["step"]))
+    return out, whole[-1], state
+
+
+def log(out, metrics, samples=()):
+    """A step's line in metrics.jsonl, a few of its responses in samples.jsonl, the most telling numbers on screen."""
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
+    samples = [
+        {k: v for k, v in sample.items() if not isinstance(v, list)} for sample in samples
+    ]  # text, not ids
+    for name, lines in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+        with open(out / name, "a") as file:
+            file.writelines(json.dumps({"step": metrics["step"]} | line) + "\n" for line in lines)
+    first, levels = list(metrics)[:6], metrics.get("levels", {})
+    shown = [k for k in metrics if k in first or k == "accuracy" or "pass@" in k]
+    tqdm.write("  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k != "levels"))
+    for level, scores in levels.items():
+        tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
