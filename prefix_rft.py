@@ -199,7 +199,7 @@ def prefix_weight(A, logp, entropy, prefix, args):
 
 
 def inverse_z(response_mask, how, budget):
-    """1/Z of each row of an optimizer batch, [B, 1], for GRPO, DAPO, Dr. GRPO; micro-batches take rows of it."""
+    """1/Z of each row of an optimizer batch, [B, 1]; a micro-batch takes its rows: GRPO, DAPO, Dr. GRPO."""
     lengths = response_mask.sum(1, keepdim=True).float()  # |y_i|
     z = {"sequence": len(lengths) * lengths, "token": lengths.sum(), "constant": len(lengths) * budget}[how]
     return 1 / (z + 0 * lengths)

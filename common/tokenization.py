@@ -1,4 +1,4 @@
-"""Between the disk and the tensors: text, token ids and masks; and the files they are read from and written to.
+"""Between the disk and the tensors: text, token ids and masks, and the files that they come from and go to.
 
 Four rules, each the cure of a bug that this field keeps having:
 
@@ -29,7 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class BadInput(SystemExit):
-    """The user's mistake: a sentence that names flag, file or row and the remedy; exit status 2, no traceback."""
+    """The user's mistake: one sentence with flag, file or row and the remedy; exit status 2, no traceback."""
 
     def __init__(self, sentence):
         print(f"error: {sentence}", file=sys.stderr)
@@ -56,9 +56,9 @@ def first_line(error):
 def encode_prompts(tokenizer, questions, template="{question}"):
     """For each question the ids of everything up to the first response token.
 
-    `template` wraps the question ("{question} Put the answer in \\\\boxed{}."); it is filled by replacement, not by
-    str.format, because LaTeX is full of braces. A model without a chat template gets a plain prompt that ends in
-    a newline, so that a response needs no leading space to be tokenised as in running text.
+    `template` wraps the question ("{question} Box the answer."); it is filled by replacement, not by
+    str.format, because LaTeX is full of braces. A model without a chat template gets a plain prompt; it ends
+    in a newline, so that a response needs no leading space to be tokenised as in running text.
     """
     texts = [template.replace("{question}", question) for question in questions]
     if tokenizer.chat_template is None:
@@ -78,7 +78,7 @@ def decode_responses(tokenizer, responses):
 
 
 def stop_ids(tokenizer, config):
-    """Every id that ends a response: the tokenizer's EOS and the model config's, of which Llama 3 has three."""
+    """Every id that ends a response: the tokenizer's EOS and the model config's (Llama 3 has three)."""
     more = config.get_text_config().eos_token_id
     more = more if isinstance(more, list) else [more]
     return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})
@@ -109,7 +109,7 @@ def pad(rows, side="right", device=None):
 
 
 def join(prompts, responses, device=None):
-    """Prompt ids + response ids, right-padded: tokens [B, T] and response_mask [B, T], 1 on the response and its EOS."""
+    """Prompt + response, right-padded: tokens [B, T] and response_mask [B, T], 1 on response and EOS."""
     tokens, response_mask = pad([list(p) + list(r) for p, r in zip(prompts, responses)])
     for i, prompt in enumerate(prompts):
         response_mask[i, : len(prompt)] = 0  # what is left of the attention mask is the response
@@ -124,23 +124,21 @@ def align(values, response_mask):
 
 
 def split_by_tokens(response_mask, rows, max_tokens):
-    """Cut the row numbers `rows` into micro-batches: a list of (rows, width), rows x width at most `max_tokens`.
+    """Cut the row numbers `rows` into micro-batches [(rows, width), ...] with rows x width <= `max_tokens`.
 
-    Rows of similar length go together, so little is padding; `width` ends at the last response token of the longest.
-    A row longer than the budget goes alone, a row without a response token not at all. Every script divides by a
-    normaliser of the whole optimizer batch, so how the batch is cut changes no gradient.
+    Rows of similar length go together, so little is padding; `width` ends at the longest row's last response
+    token. A row longer than the budget goes alone, a row without response tokens nowhere. Every script
+    divides by a normaliser of the whole optimizer batch, so how the batch is cut changes no gradient.
     """
-    positions = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
-    width = (
-        (response_mask * positions).amax(1).tolist() if response_mask.numel() else []
-    )  # last response token + 1
-    micro_batches = []
-    for i in sorted((i for i in rows if width[i]), key=lambda i: -width[i]):
-        # the first row of a micro-batch is its longest
-        if not micro_batches or width[micro_batches[-1][0]] * (len(micro_batches[-1]) + 1) > max_tokens:
+    index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
+    end = [int((mask * index).max()) for mask in response_mask]  # of each row: last response token + 1
+    micro_batches, width = [], 0
+    for i in sorted((i for i in rows if end[i]), key=lambda i: -end[i]):
+        if not micro_batches or width * (len(micro_batches[-1]) + 1) > max_tokens:
             micro_batches.append([])
+            width = end[i]  # rows come longest first
         micro_batches[-1].append(i)
-    return [(micro, width[micro[0]]) for micro in micro_batches]
+    return [(micro, end[micro[0]]) for micro in micro_batches]
 
 
 # ---- data sets -------------------------------------------------------------------------------------------
@@ -149,72 +147,60 @@ def split_by_tokens(response_mask, rows, max_tokens):
 def split_names(path, flag):
     """Names of the splits of a data set; a single file is one split, "train"."""
     if os.path.isfile(path):
+        kinds = (".jsonl", ".json", ".csv", ".parquet")
+        demand(
+            path.endswith(kinds), f"{flag} {path}: the name of a data file must end in {', '.join(kinds)}."
+        )
         return ["train"]
     try:
         return get_dataset_split_names(path)
-    except (
-        Exception
-    ) as error:  # datasets raises a dozen types here, and all of them are about the user's path
-        raise BadInput(
-            f"{flag} {path}: no readable file, folder or hub name ({first_line(error)})."
-        ) from None
+    except Exception as error:  # one of a dozen types, and every one of them is about the user's path
+        raise BadInput(f"{flag} {path}: no data file, folder or hub name ({first_line(error)}).") from None
 
 
 def load_split(path, split, columns, flag="--data"):
-    """One split of a data set, memory-mapped: `path` is a .jsonl, .json, .csv or .parquet file, a folder or a hub name.
+    """One split of a data set, memory-mapped: `path` is a data file, a folder or a hub name.
 
-    `columns` maps the flag that names a column to the column; each must exist and hold text in every row.
+    `columns` maps the flag that names a column to the column: each must exist and hold text in every row.
     """
-    names = split_names(path, flag)
+    names = ", ".join(split_names(path, flag))
     demand(
-        split in names, f"{path} has no split {split}, only {', '.join(names)}: see --split and --eval-split."
+        split in names.split(", "), f"{path}: no split {split}, only {names}; see --split and --eval-split."
     )
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(
-        os.path.splitext(path)[1]
-    )
-    is_file = os.path.isfile(path)
-    demand(kind or not is_file, f"{flag} {path}: a file must end in .jsonl, .json, .csv or .parquet.")
+    kind = path.rsplit(".", 1)[-1].replace("jsonl", "json")
+    source = {"path": kind, "data_files": path} if os.path.isfile(path) else {"path": path}
     try:
-        rows = (
-            load_dataset(kind, data_files=path, split=split) if is_file else load_dataset(path, split=split)
-        )
+        rows = load_dataset(**source, split=split)
     except Exception as error:
-        raise BadInput(f"{flag} {path}: split {split} cannot be read ({first_line(error)}).") from None
-    demand(len(rows), f"{flag} {path}: split {split} has no rows.")
+        raise BadInput(f"{flag} {path}: {split} cannot be read ({first_line(error)}).") from None
+    demand(len(rows), f"{flag} {path}: {split} has no rows.")
     for key_flag, key in columns.items():
-        have = ", ".join(rows.column_names)
-        demand(
-            key in rows.column_names, f"{key_flag} {key}: not among the columns of {path}, which are {have}."
-        )
+        names = ", ".join(rows.column_names)
+        demand(key in rows.column_names, f"{key_flag} {key}: no such column in {path}, only {names}.")
         for i, text in enumerate(rows[key]):
             good = isinstance(text, str) and text.strip()
-            demand(
-                good, f"{path}, {split}, row {i}: {key} ({key_flag}) holds no text; mend or remove the row."
-            )
+            demand(good, f"{path}, {split}, row {i}: {key_flag} {key} holds no text; mend or remove the row.")
     return rows
 
 
 def load_splits(args, extract_answer, check_gold, demonstrations=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
-    The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where there is none,
-    every tenth training row is kept apart for evaluation and never trained on. Held-out rows have a column `gold`;
-    training rows too, unless they are `demonstrations`, which need a solution instead.
+    The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where
+    there is none, every tenth training row is kept apart for evaluation and never trained on. Held-out rows
+    have a column `gold`; so have training rows, but `demonstrations` need a solution instead.
     """
     columns = {"--question-key": args.question_key}
-    need = {"--solution-key": args.solution_key} if demonstrations else {}
-    train = load_split(args.data, args.split, columns | need)
+    solution = {"--solution-key": args.solution_key} if demonstrations else {}
+    train = load_split(args.data, args.split, columns | solution)
     path = args.eval_data or args.data
     names = split_names(path, "--eval-data")
     split = args.eval_split or ("test" if "test" in names else names[0] if args.eval_data else None)
     if split:
         test = load_split(path, split, columns, "--eval-data")
     else:
-        demand(
-            len(train) > 1,
-            f"--data {path}: one row cannot be both trained on and held out; give --eval-data.",
-        )
-        print(f"{path} has no test split: every tenth row of {args.split} is held out and not trained on")
+        demand(len(train) > 1, f"--data {path}: one row cannot be trained on and held out; give --eval-data.")
+        print(f"{path} has no split test: every tenth row of {args.split} is held out and not trained on")
         test = train.select(range(0, len(train), 10))
         train = train.select([i for i in range(len(train)) if i % 10])
     if not demonstrations:
@@ -226,13 +212,13 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
 def with_gold(rows, args, extract_answer, check_gold):
     """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
 
-    The answer column, or where there is none the solution column, holds the bare answer or a text that ends in it
-    (GSM8K's ####, MATH's \\boxed{}). A demonstration may be wrong, the gold may not: give it its own column then.
+    The answer column, or where there is none the solution column, holds the bare answer or a text that ends
+    in it (GSM8K's ####, MATH's \\boxed{}). A demonstration may be wrong, the gold may not: it has its own
+    column then.
     """
     key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
-    demand(
-        key in rows.column_names, f"--answer-key {key}: not among the columns {', '.join(rows.column_names)}."
-    )
+    names = ", ".join(rows.column_names)
+    demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
     texts = [str(text).strip() for text in rows[key]]
     golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
     parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
@@ -268,8 +254,9 @@ def pass_at_k(right, levels):
 def load_model(source):
     """Model and tokenizer of a hub name or folder, on the GPU if there is one, without dropout.
 
-    Weights are fp32 whatever the file holds. An update at RL's learning rates is below the resolution of bf16:
-    Adam at 1e-6 leaves 98 % of bf16 weights unmoved. `--dtype bf16` is autocast over these fp32 weights.
+    Weights are fp32 whatever the file holds: an update at RL's learning rates is below the resolution of
+    bf16, Adam at 1e-6 leaves 98 % of bf16 weights unmoved. `--dtype bf16` is autocast over these fp32
+    weights.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -280,9 +267,9 @@ def load_model(source):
 
 
 def save_model(folder, model, tokenizer, state=None):
-    """An ordinary model folder; with `state` (optimizer, step, ...) it is a checkpoint and replaces older ones.
+    """A model folder; with `state` (optimizer, step, ...) it is a checkpoint and replaces older ones.
 
-    Written under another name and renamed when complete: under its own name it is whole or absent, so a run that
+    Written under another name and renamed when complete: under its own it is whole or absent, so a run that
     is killed at any moment leaves its last checkpoint.
     """
     half = folder.with_name("half-" + folder.name)
@@ -312,8 +299,9 @@ def environment():
 def open_run(args):
     """The folder of a run, its newest checkpoint and the state in it: (Path, Path or None, dict with `step`).
 
-    Without --resume the folder is new; an earlier run of that name is moved aside, never overwritten. With --resume
-    the lines of metrics.jsonl and samples.jsonl that came after the checkpoint are cut: they will be made again.
+    Without --resume the folder is new; an earlier run of that name is moved aside, never overwritten. With
+    it the lines of metrics.jsonl and samples.jsonl that came after the checkpoint are cut: they will be made
+    again.
     """
     out = Path(args.output_dir)
     if not args.resume:
@@ -334,12 +322,10 @@ def open_run(args):
 
 
 def log(out, metrics, samples=()):
-    """A step's line in metrics.jsonl, a few of its responses in samples.jsonl, the most telling numbers on screen."""
+    """A step's line in metrics.jsonl, a few of its responses in samples.jsonl, the main numbers on screen."""
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
-    samples = [
-        {k: v for k, v in sample.items() if not isinstance(v, list)} for sample in samples
-    ]  # text, not ids
+    samples = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
     for name, lines in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
         with open(out / name, "a") as file:
             file.writelines(json.dumps({"step": metrics["step"]} | line) + "\n" for line in lines)
