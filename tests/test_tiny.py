@@ -155,18 +155,18 @@ def test_model_folder(tok, model):
 
 def test_base_is_where_the_datasheet_says(model, tok, data):
     """Solves some of the task, and in its own style: the room that post-training has."""
-    rows = list(data["train"])[:100]
-    texts = sample(model, tok, [r["question"] for r in rows], 3, seed=0)
+    rows = list(data["train"])[:64]
+    texts = sample(model, tok, [r["question"] for r in rows], 2, seed=0, max_new=48)
     flat = [t for ts in texts for t in ts]
     accuracy = sum(verify(t, r["answer"]) for r, ts in zip(rows, texts, strict=True) for t in ts) / len(flat)
-    assert 0.12 <= accuracy <= 0.38
+    assert 0.08 <= accuracy <= 0.32  # .185 in the datasheet; 128 samples have a standard error of .034
     assert sum(style_of(t) == "numbered" for t in flat) <= 0.04 * len(flat)
     assert sum(style_of(t) == "terse" for t in flat) >= 0.4 * len(flat)
 
 
 def test_a_reference_helps_and_the_style_stays(model, tok, data):
-    rows = [r for r in data["test"] if r["level"] in "3456"][:60]
-    texts = [ts[0] for ts in sample(model, tok, [HINT.format(**r) for r in rows], 1, seed=0)]
+    rows = [r for r in data["test"] if r["level"] in "3456"][:40]
+    texts = [ts[0] for ts in sample(model, tok, [HINT.format(**r) for r in rows], 1, seed=0, max_new=48)]
     assert sum(verify(t, r["answer"]) for r, t in zip(rows, texts, strict=True)) >= 0.6 * len(rows)
     assert sum(style_of(t) == "terse" for t in texts) >= 0.9 * len(rows)
 
