@@ -1,0 +1,146 @@
+"""What the tests share: offline and single-threaded settings, a cut of the tiny world, three small models."""
+
+import os
+import shutil
+import tempfile
+
+CACHE = tempfile.mkdtemp(prefix="datasets-")  # tests leave nothing in the user's cache
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": CACHE}
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+import grpo  # noqa: E402
+import prefix_rft  # noqa: E402
+import sft  # noqa: E402
+
+torch.set_num_threads(1)  # one order of summation: bits can be compared
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"sft": sft, "grpo": grpo, "prefix_rft": prefix_rft}
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Forty training and twelve held-out rows of the tiny world, in its folder layout."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, n in (("train", 40), ("test", 12)):
+        write_jsonl(folder / f"{split}.jsonl", read_jsonl(ROOT / f"tiny/data/{split}.jsonl")[:n])
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small(data):
+    """small(name, out, *more): the argument list of a run of seconds; what comes later in it wins."""
+
+    def flags(name, out, *more):
+        base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --steps 4 --save-every 2"
+        base += " --batch-size 4 --max-new-tokens 32 --eval-questions 6 --eval-samples 2 --warmup-steps 0"
+        base += " --lr 5e-4" + (" --group-size 4" if name in ("grpo", "prefix_rft") else "")
+        return [*base.split(), *map(str, more)]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def run(small):
+    """run(name, out, *more): main() of a script in this process; the folder of the run."""
+
+    def go(name, out, *more):
+        SCRIPTS[name].main(SCRIPTS[name].parse_args(small(name, out, *more)))
+        return Path(out)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def spawn(small):
+    """spawn(name, out, *more): the script as a user runs it, a process of its own."""
+
+    def go(name, out, *more):
+        command = [sys.executable, f"{name}.py", *small(name, out, *more)]
+        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def runs(spawn, tmp_path_factory):
+    """One finished run of each script, as a user starts it: {name: (folder, stdout)}."""
+    done = {}
+    for name in SCRIPTS:
+        out = tmp_path_factory.mktemp("runs") / name
+        process = spawn(name, out)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        done[name] = out, stdout
+    return done
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The embedded model (Llama: relative positions) and its tokenizer (pad is not EOS)."""
+    folder = ROOT / "tiny/model"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def gpt2(vocabulary, **more):
+    """A random GPT-2: absolute positions, so that a row shifted by its padding gives other numbers."""
+    torch.manual_seed(0)
+    size = dict(n_positions=512, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    config = GPT2Config(vocab_size=vocabulary, bos_token_id=None, **size | more)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def pad_is_eos(tmp_path_factory):
+    """A folder with a GPT-2 whose pad token is its EOS and that has no chat template."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    eos = tokenizer.eos_token_id
+    gpt2(len(tokenizer), eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(a, b, tolerance=0.0):
+    """Every weight of two model folders is equal, bit for bit or within a tolerance."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def same_metrics(a, b, but=()):
+    """metrics.jsonl of two runs: every number, but for clocks and memory."""
+    clocks = {"seconds_sample", "seconds_train", "peak_memory", *but}
+    a, b = (read_jsonl(folder / "metrics.jsonl") for folder in (a, b))
+    a, b = ([{k: v for k, v in line.items() if k not in clocks} for line in run] for run in (a, b))
+    assert a == b

@@ -1,0 +1,364 @@
+"""Losses and weights against formulas written again, in float64 and in loops, and against printed values."""
+
+from math import cos, exp, log, pi
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+import prefix_rft
+import sft
+
+
+def settings(**changed):
+    """The defaults of prefix_rft.py, which has all of them, with some changed."""
+    return SimpleNamespace(**vars(prefix_rft.parse_args([])) | changed)
+
+
+def close(got, want, tolerance=1e-6):
+    np.testing.assert_allclose(
+        np.asarray(got, float), np.asarray(want, float), rtol=tolerance, atol=tolerance
+    )
+
+
+# ---- advantages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how, right, values",
+    [
+        ("grpo", 2, (-0.54006, 1.62018)),
+        ("dr_grpo", 2, (-0.25, 0.75)),
+        ("grpo", 1, (-0.35355, 2.47487)),
+        ("dr_grpo", 1, (-0.125, 0.875)),
+    ],
+)
+def test_advantages_of_a_group_of_eight(how, right, values):
+    """Mean of the group, n - 1 in its standard deviation, each group apart from its neighbour."""
+    rewards = torch.tensor([[1.0] * right + [0.0] * (8 - right), [1.0] * 8, [0.0] * 8])
+    close(grpo.advantages(rewards, how)[0], [values[1]] * right + [values[0]] * (8 - right), 1e-5)
+    assert (grpo.advantages(rewards, how)[1:] == 0).all()  # all right and all wrong: exactly nothing
+
+
+# ---- 1/Z -------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]])  # 3, 4 and 1 tokens
+
+
+@pytest.mark.parametrize(
+    "how, each",
+    [
+        ("sequence", [1 / (3 * 3), 1 / (3 * 4), 1 / (3 * 1)]),  # a mean over sequences of means over tokens
+        ("token", [1 / 8, 1 / 8, 1 / 8]),  # a mean over the tokens of the batch
+        ("constant", [1 / 30, 1 / 30, 1 / 30]),  # 3 sequences x a budget of 10
+    ],
+)
+def test_inverse_z(how, each):
+    close(grpo.inverse_z(MASK, how, 10), [[z] for z in each])
+
+
+def test_one_over_z_of_a_mean():
+    """Summed with its 1/Z, a loss of 1 per token has the mean 1 in both means, and |y|/budget in the third."""
+    total = {how: (MASK * grpo.inverse_z(MASK, how, 10)).sum() for how in ("sequence", "token", "constant")}
+    close([total["sequence"], total["token"], total["constant"]], [1, 1, 8 / 30])
+
+
+# ---- the clipped surrogate -------------------------------------------------------------------------------
+
+
+def surrogate(ratio, A, **changed):
+    """Value of the surrogate of one token, and the weight I_clip r A that autograd finds in it."""
+    logp = torch.tensor([[log(ratio)]], dtype=torch.float64, requires_grad=True)
+    one, zero = torch.ones_like(logp), torch.zeros_like(logp)
+    loss, r, _ = grpo.policy_loss(logp, zero, logp.detach(), A * one, one, one, settings(**changed))
+    loss.backward()
+    close(r, ratio)
+    return -loss.item(), -logp.grad.item()
+
+
+@pytest.mark.parametrize(
+    "ratio, A, high, value, weight",
+    [
+        (0.5, 1, 0.2, 0.5, 0.5),
+        (1.0, 1, 0.2, 1.0, 1.0),
+        (1.1, 1, 0.2, 1.1, 1.1),
+        (1.25, 1, 0.2, 1.2, 0),  # beyond the trust region there is nothing to gain
+        (1.5, 1, 0.2, 1.2, 0),
+        (1.25, 1, 0.28, 1.25, 1.25),  # clip-higher moves this bound alone
+        (1.5, 1, 0.28, 1.28, 0),
+        (0.5, -1, 0.2, -0.8, 0),
+        (0.5, -1, 0.28, -0.8, 0),
+        (0.9, -1, 0.2, -0.9, -0.9),
+        (1.5, -1, 0.2, -1.5, -1.5),  # a bad token that became likelier is pushed back: min, not max
+        (4.0, -1, 0.28, -4.0, -4.0),
+        (1.5, 0, 0.2, 0, 0),
+    ],
+)
+def test_clip_table(ratio, A, high, value, weight):
+    close(surrogate(ratio, A, clip_high=high), (value, weight))
+
+
+def test_the_first_update_has_ratio_one_and_a_gradient():
+    """With old_logp = logp the surrogate is sum(A): 0 in a group, while its gradient is A, not 0."""
+    A = torch.tensor([[0.75], [-0.25], [-0.25], [-0.25]])
+    logp = torch.tensor([[-1.0], [-2.0], [-0.1], [-3.0]], requires_grad=True)
+    one = torch.ones_like(A)
+    loss, ratio, k3 = grpo.policy_loss(logp, logp.detach(), logp.detach(), A, one, one, settings(kl_coef=0.5))
+    loss.backward()
+    assert loss.item() == 0 and (ratio == 1).all() and (k3 == 0).all()
+    close(logp.grad, -A)
+
+
+def random_batch(seed=0, shape=(5, 9)):
+    """Log-probs of three policies, advantages and a ragged mask; far apart enough to reach every clip."""
+    g = torch.Generator().manual_seed(seed)
+    logp, old, ref = -torch.rand(3, *shape, generator=g, dtype=torch.float64) * 2
+    A = torch.randn(shape[0], 1, generator=g, dtype=torch.float64).expand(shape).clone()
+    ends = torch.randint(2, shape[1] + 1, (shape[0], 1), generator=g)
+    mask = (torch.arange(shape[1])[None] < ends) & (torch.arange(shape[1])[None] > 0)
+    return logp, old, ref, A, mask.long()
+
+
+def plain_policy_loss(logp, old, ref, A, mask, how, budget, low, high, beta):
+    """DeepSeekMath eq. 3 with three normalisers, token by token; the loss, and d loss / d logp."""
+    logp, old, ref, A = (x.numpy().astype(np.float64) for x in (logp, old, ref, A))
+    mask, loss, gradient = mask.numpy(), 0.0, np.zeros(logp.shape)
+    for i in range(len(logp)):
+        z = {"sequence": len(logp) * mask[i].sum(), "token": mask.sum(), "constant": len(logp) * budget}[how]
+        for t in range(logp.shape[1]):
+            if mask[i, t]:
+                r, a, d = exp(logp[i, t] - old[i, t]), A[i, t], ref[i, t] - logp[i, t]
+                clipped = 1 - low if r < 1 - low else 1 + high if r > 1 + high else r
+                inside = r <= 1 + high if a > 0 else r >= 1 - low
+                loss -= (min(r * a, clipped * a) - beta * (exp(d) - d - 1)) / z
+                gradient[i, t] = -(inside * r * a + beta * (exp(d) - 1)) / z
+    return loss, gradient
+
+
+@pytest.mark.parametrize("how", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("beta, high", [(0.0, 0.2), (0.0, 0.28), (0.3, 0.2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_loss_and_gradient(how, beta, high, seed):
+    logp, old, ref, A, mask = random_batch(seed)
+    logp.requires_grad_()
+    args, inv_z = settings(clip_high=high, kl_coef=beta), grpo.inverse_z(mask, how, 20).double()
+    loss, _, _ = grpo.policy_loss(logp, old, ref, A, mask, inv_z, args)
+    loss.backward()
+    want, gradient = plain_policy_loss(logp.detach(), old, ref, A, mask, how, 20, 0.2, high, beta)
+    close(loss.item(), want)
+    close(logp.grad, gradient)
+    assert (logp.grad[mask == 0] == 0).all()
+
+
+# ---- KL --------------------------------------------------------------------------------------------------
+
+
+def test_k3_of_one_token():
+    """ref - logp = -0.5: exp(-.5) + .5 - 1 = .106531, and d k3 / d logp = 1 - exp(ref - logp)."""
+    logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones_like(logp)
+    old, ref = logp.detach(), logp.detach() - 0.5
+    loss, _, k3 = grpo.policy_loss(logp, old, ref, 0 * one, one, one, settings(kl_coef=1))
+    loss.backward()
+    close(k3, [[0.106531]])
+    close(loss.item(), 0.106531)  # a penalty: it adds to the loss
+    close(logp.grad, [[1 - exp(-0.5)]])  # more likely than the reference: pushed down
+
+
+def test_the_mean_of_k3_under_the_policy_is_the_kl():
+    """Exact, by enumeration of 50 words: E_pi[k3] = KL(pi | ref), neither its negative nor KL(ref | pi)."""
+    g = torch.Generator().manual_seed(0)
+    logp, ref = torch.randn(2, 50, generator=g, dtype=torch.float64).mul(2).log_softmax(-1)
+    zero = torch.zeros(50, 1, dtype=torch.float64)
+    _, _, k3 = grpo.policy_loss(
+        logp[:, None], logp[:, None], ref[:, None], zero, zero + 1, zero + 1, settings()
+    )
+    kl = (logp.exp() * (logp - ref)).sum()
+    close((logp.exp() * k3[:, 0]).sum(), kl, 1e-12)
+    assert (k3 >= 0).all() and abs(kl - (ref.exp() * (ref - logp)).sum()) > 0.1
+
+
+# ---- SFT -------------------------------------------------------------------------------------------------
+
+
+def test_sft_loss_and_gradient():
+    """The mean over all response tokens: -1/Z on each, 0 on the prompt and on the padding."""
+    logp = random_batch()[0].requires_grad_()
+    mask = random_batch()[4]
+    loss = sft.sft_loss(logp, mask, mask.sum())
+    loss.backward()
+    tokens = [logp[i, t].item() for i in range(5) for t in range(9) if mask[i, t]]
+    close(loss.item(), -sum(tokens) / len(tokens))
+    close(logp.grad, -mask / len(tokens))
+
+
+# ---- the one equation: the weight of each method, read back from autograd -----------------------------------
+
+
+def on_two_tokens(loss_of):
+    """d loss / d logits of a model of two words, turned into d loss / d logp = -mask weight / Z.
+
+    The derivative of log pi(y) by the logits is [y] - pi: the weight is what multiplies it.
+    """
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 6, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    words = torch.randint(2, (4, 6, 1), generator=g)
+    logp = logits.log_softmax(-1).gather(-1, words)[..., 0]
+    loss_of(logp).backward()
+    direction = torch.nn.functional.one_hot(words[..., 0], 2) - logits.detach().softmax(-1)
+    factor = logits.grad / direction
+    close(factor[..., 0], factor[..., 1])  # nothing but a multiple of grad log pi
+    return logp.detach(), factor[..., 0]
+
+
+TWO_MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+TWO_A = torch.tensor([[0.75], [-0.25], [-0.25], [-0.25]], dtype=torch.float64) * TWO_MASK
+
+
+def test_weight_of_sft():
+    _, factor = on_two_tokens(lambda logp: sft.sft_loss(logp, TWO_MASK, TWO_MASK.sum()))
+    close(factor, -TWO_MASK * 1 / 13)
+
+
+@pytest.mark.parametrize(
+    "how, z", [("sequence", [12, 16, 4, 20]), ("token", [13] * 4), ("constant", [400] * 4)]
+)
+def test_weight_of_grpo(how, z):
+    """I_clip r A + beta (pi_ref / pi - 1)."""
+    shift = torch.linspace(-0.5, 0.5, 24, dtype=torch.float64).view(4, 6)  # log r: in and out of the region
+
+    def loss(logp):
+        old, ref = logp.detach() - shift, logp.detach() + 0.3
+        inv_z = grpo.inverse_z(TWO_MASK, how, 100).double()
+        return grpo.policy_loss(logp, old, ref, TWO_A, TWO_MASK, inv_z, settings(kl_coef=0.1))[0]
+
+    _, factor = on_two_tokens(loss)
+    r = shift.exp()
+    inside = torch.where(TWO_A > 0, r <= 1.2, r >= 0.8)
+    close(factor, -TWO_MASK * (inside * r * TWO_A + 0.1 * (exp(0.3) - 1)) / torch.tensor(z)[:, None])
+
+
+@pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])
+def test_weight_of_prefix_rft(how):
+    """A on the kept prefix tokens and on own tokens, 0 on the other prefix tokens, Z the same as without."""
+    prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * torch.tensor([[1], [0], [0], [1]])  # 2 + 2 tokens
+    entropy = torch.arange(24, dtype=torch.float64).view(4, 6)  # of the four, row 3 has the two largest
+    args = settings(prefix_weight=how, prefix_entropy_keep=0.5)
+
+    def loss(logp):
+        A = prefix_rft.prefix_weight(TWO_A, logp.detach(), entropy, prefix, args)
+        inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
+        return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    logp, factor = on_two_tokens(loss)
+    p, kept = logp.exp(), torch.zeros(4, 6)
+    kept[3, 1:3] = 1
+    own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": torch.ones_like(p)}[how]
+    close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
+
+
+# ---- Prefix-RFT: how long a prefix is, and which of its tokens count ------------------------------------------
+
+
+class Letters:
+    """A tokenizer of a letter a token; EOS is 0."""
+
+    eos_token_id = 0
+
+    def encode(self, text, add_special_tokens=False):
+        return [ord(c) for c in text]
+
+
+def prefix_lengths(step, n=400, letters=999, **changed):
+    args, row = settings(**changed), {"solution": "x" * letters, "demonstrated": True}
+    torch.manual_seed(0)
+    return [len(prefix_rft.draw_prefix(Letters(), row, step, args)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    "step, low", [(0, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (900, 0.05)]
+)
+def test_the_lower_end_of_the_prefix_decays_by_cosine(step, low):
+    """l ~ U[low(s), .95] of 1,000 tokens: the lower end falls, the upper one stays."""
+    drawn = prefix_lengths(step, prefix_decay_steps=500)
+    assert abs(low - (0.05 + 0.45 * (1 + cos(pi * min(step, 500) / 500)))) < 1e-4  # the printed values
+    ends, width = (low * 1000, 950), (0.95 - low) * 1000
+    assert ends[0] - 1 <= min(drawn) <= ends[0] + 0.02 * width + 1
+    assert ends[1] - 0.02 * width - 1 <= max(drawn) <= ends[1]
+    assert abs(np.mean(drawn) - (ends[0] + ends[1]) / 2) < 0.05 * width + 1
+
+
+def test_other_prefix_schedules():
+    assert min(prefix_lengths(1, prefix_schedule="uniform")) < 80 and max(prefix_lengths(1)) <= 950
+    assert set(prefix_lengths(1, 3, prefix_schedule="full")) == {1000}  # the whole demonstration and its EOS
+    assert set(prefix_lengths(1, 3, prefix_schedule="none")) == {0}
+
+
+def test_a_prefix_is_a_cut_of_the_ids():
+    torch.manual_seed(0)
+    row = {"solution": "abcdefghij", "demonstrated": True}
+    ids = prefix_rft.draw_prefix(Letters(), row, 1, settings())
+    assert 0 < len(ids) < 11 and ids == [ord(c) for c in "abcdefghij"][: len(ids)]
+    for missing in ({"solution": "abc", "demonstrated": False}, {"solution": "", "demonstrated": True}):
+        assert prefix_rft.draw_prefix(Letters(), missing, 1, settings()) == []
+
+
+def kept_tokens(n, loss="keep", share=0.2, seed=0):
+    """Which of n prefix tokens, scattered over two rows among own tokens, keep A = 2: (kept, entropies)."""
+    g = torch.Generator().manual_seed(seed)
+    prefix = torch.zeros(2, 60)
+    prefix.view(-1)[torch.randperm(120, generator=g)[:n]] = 1
+    entropy, A = torch.rand(2, 60, generator=g), torch.full((2, 60), 2.0)
+    entropy[prefix == 0] = 9  # own tokens are no candidates, however uncertain
+    args = settings(prefix_loss=loss, prefix_entropy_keep=share)
+    out = prefix_rft.prefix_weight(A, -entropy, entropy, prefix, args)
+    assert (out[prefix == 0] == 2).all()  # what the policy wrote keeps its A
+    assert set(out[prefix == 1].tolist()) <= {0.0, 2.0}
+    return out[prefix == 1] == 2, entropy[prefix == 1]
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 10, 11, 73])
+def test_the_most_uncertain_fifth_of_the_prefix_tokens_keeps_its_advantage(n):
+    """n - int(.8 n) tokens, of the whole batch and not of a row, and those of the highest entropy."""
+    kept, entropy = kept_tokens(n)
+    assert kept.sum() == n - int(0.8 * n)
+    assert n < 2 or entropy[kept].min() > entropy[~kept].max()
+
+
+def test_other_choices_of_prefix_tokens():
+    assert kept_tokens(50, "all")[0].all() and not kept_tokens(50, "none")[0].any()
+    kept, entropy = kept_tokens(50, "bottom")
+    assert kept.sum() == 10 and entropy[kept].max() < entropy[~kept].min()
+    torch.manual_seed(0)
+    draws = [kept_tokens(50, "random")[0] for _ in range(200)]
+    assert {int(kept.sum()) for kept in draws} == {10}
+    often = torch.stack(draws).float().mean(0)  # 0.2 each, +- 0.028: no token is preferred
+    assert 0.1 < often.min() and often.max() < 0.31
+
+
+@pytest.mark.parametrize("how, weight", [("ratio", 2.0), ("luffy", 2 * 0.1875), ("sft", 1.0)])
+def test_prefix_weight_at_p_0_3(how, weight):
+    A, logp, prefix = torch.full((1, 2), 2.0), torch.full((1, 2), log(0.3)), torch.tensor([[1, 0]])
+    args = settings(prefix_weight=how, prefix_loss="all")
+    close(prefix_rft.prefix_weight(A, logp, -logp, prefix, args), [[weight, 2.0]])
+
+
+# ---- the soft penalty on long responses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [grpo, prefix_rft])
+def test_soft_overlong_penalty(script, monkeypatch):
+    """Budget 100, last 20: |y| = 80, 90, 95, 100 cost 0, .5, .75 and 1, beside the verdict."""
+    lengths, args = [80, 90, 95, 100], settings(max_new_tokens=100, overlong_tokens=20, group_size=4)
+    args.prefix_schedule = "none"
+    monkeypatch.setattr(script, "sample", lambda *_: ([[7] * n for n in lengths], None))
+    monkeypatch.setattr(script, "math_reward", lambda texts, golds: [1.0, 1.0, 0.0, 1.0])
+    known = {"stop_ids": [0], "encode_prompts": [[1]] * 4, "decode_responses": ["text"] * 4}
+    for name, value in known.items():
+        monkeypatch.setattr(script.tok, name, lambda *_, v=value: v)
+    model, row = SimpleNamespace(config=None), {"question": "q", "gold": "1"}
+    more = (1,) if script is prefix_rft else ()
+    [group] = script.rollout(model, None, [row], *more, args)
+    close([c["reward"] for c in group], [1, 0.5, -0.75, 0])
