@@ -279,9 +279,9 @@ def main(args):
         metrics |= {"clip_frac": (ratio != trusted).float().mean(), "frac_zero_groups": dead.float().mean()}
         metrics |= {"adv_abs": advantage.abs().sum() / mask.sum(), "ratio_max": (ratio - 1).abs().max()}
         metrics |= {"truncated_frac": sum(c["cut"] for c in batch) / size, "lr": schedule.get_last_lr()[0]}
-        metrics |= {"kl": k3.mean(), "tokens_trained": ratio.numel(), "seconds_sample": sampled - began}
+        metrics |= {"kl": k3.mean(), "tokens_trained": sum(x.shape[1] for x in seen)}
         metrics |= {"tokens_generated": sum(len(c["response"]) for c in batch + spare)}
-        metrics |= {"seconds_train": time.time() - sampled}
+        metrics |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)

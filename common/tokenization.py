@@ -236,7 +236,7 @@ def pass_at_k(right, levels):
     """
     from math import comb
 
-    levels, scores = list(levels), {}
+    levels, scores = [level if level is None else str(level) for level in levels], {}
     size = len(levels)
     n = len(right) // size - 1
     for level in [None, *sorted(set(levels) - {None})]:
