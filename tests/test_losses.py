@@ -60,7 +60,7 @@ def test_inverse_z(how, each):
 
 
 def test_one_over_z_of_a_mean():
-    """Summed with its 1/Z, a loss of 1 per token has the mean 1 in both means, and |y|/budget in the third."""
+    """Summed with its 1/Z, a loss of 1 per token is 1 by both means, and |y|/budget by the third."""
     total = {how: (MASK * grpo.inverse_z(MASK, how, 10)).sum() for how in ("sequence", "token", "constant")}
     close([total["sequence"], total["token"], total["constant"]], [1, 1, 8 / 30])
 
@@ -194,7 +194,7 @@ def test_sft_loss_and_gradient():
     close(logp.grad, -mask / len(tokens))
 
 
-# ---- the one equation: the weight of each method, read back from autograd -----------------------------------
+# ---- the one equation: the weight of each method, read back from autograd --------------------------------
 
 
 def on_two_tokens(loss_of):
@@ -259,7 +259,7 @@ def test_weight_of_prefix_rft(how):
     close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
 
 
-# ---- Prefix-RFT: how long a prefix is, and which of its tokens count ------------------------------------------
+# ---- Prefix-RFT: how long a prefix is, and which of its tokens count -------------------------------------
 
 
 class Letters:
@@ -345,7 +345,7 @@ def test_prefix_weight_at_p_0_3(how, weight):
     close(prefix_rft.prefix_weight(A, logp, -logp, prefix, args), [[weight, 2.0]])
 
 
-# ---- the soft penalty on long responses ----------------------------------------------------------------------
+# ---- the soft penalty on long responses ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", [grpo, prefix_rft])
