@@ -23,7 +23,7 @@ from math import cos, pi
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, get_scheduler
+from transformers import DynamicCache
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
@@ -34,7 +34,7 @@ from common.verifier import check_gold, extract_answer, math_reward
 def parse_args(argv=None):
     add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
     # run
-    add("--output-dir", default=f"runs/{parser.prog.removesuffix('.py')}", help="the run's files go here")
+    add("--output-dir", default="runs/prefix_rft", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
     add("--steps", type=int, default=200, help="batches to train on; 0 only evaluates")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
     add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant_with_warmup", "linear", "cosine"], default="linear", help="of lr")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
     add("--batch-size", type=int, default=16, help="questions per step")
@@ -174,7 +174,7 @@ def rollout(model, tokenizer, rows, step, args):
         prompt=prompts, response=responses, question=questions, text=texts, gold=golds, reward=rewards
     )
     done["cut"] = [ids[-1] not in stops for ids in responses]  # no EOS within the budget
-    done["prefix_len"] = [len(prefix) for prefix in prefixes]
+    done["prefix_len"] = [min(len(prefix), len(ids)) for prefix, ids in zip(prefixes, responses)]
     done = [dict(zip(done, values)) for values in zip(*done.values())]  # a dict per completion
     return [done[i : i + args.group_size] for i in range(0, len(done), args.group_size)]
 
@@ -245,15 +245,16 @@ def main(args):
     model, tokenizer = tok.load_model(checkpoint or args.model)
     reference = tok.load_model(args.model)[0] if args.kl_coef else None  # pi_ref, frozen
     train, test = tok.load_splits(args, extract_answer, check_gold)
+    tok.demand(
+        args.solution_key in train.column_names, f"--solution-key {args.solution_key}: no such column."
+    )
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
     order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
     train = train.add_column("demonstrated", (torch.rand(len(train)) < args.demo_fraction).tolist())
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
-    schedule = get_scheduler(args.schedule, optimizer, args.warmup_steps, args.steps)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
     if checkpoint:
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
@@ -266,6 +267,9 @@ def main(args):
     for step in tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps):
         began = time.time()
         torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
+        progress = (step - 1) / args.steps  # the learning rate depends on the step alone, too
+        decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
 
         # sample and verify
         with autocast:
@@ -284,7 +288,7 @@ def main(args):
         sampled = time.time()
 
         # train
-        passes = [torch.randperm(size).chunk(args.minibatches) for _ in range(args.epochs_per_batch)]
+        passes = [torch.randperm(size).tensor_split(args.minibatches) for _ in range(args.epochs_per_batch)]
         zero, inv_z = torch.zeros_like(advantage), torch.zeros_like(advantage)
         with autocast:
             old_logp = score(model, tokens, mask, args)[0] if updates > 1 else zero
@@ -309,7 +313,6 @@ def main(args):
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
-        schedule.step()
 
         # log, evaluate, save
         entropy, k3, ratio = torch.cat(seen, 1) if seen else torch.tensor([[0.0], [0.0], [1.0]])
@@ -318,7 +321,7 @@ def main(args):
         metrics |= {"grad_norm": sum(norms) / updates, "response_len": mask.sum() / size}
         metrics |= {"clip_frac": (ratio != trusted).float().mean(), "frac_zero_groups": dead.float().mean()}
         metrics |= {"adv_abs": advantage.abs().sum() / mask.sum(), "ratio_max": (ratio - 1).abs().max()}
-        metrics |= {"truncated_frac": sum(c["cut"] for c in batch) / size, "lr": schedule.get_last_lr()[0]}
+        metrics |= {"truncated_frac": sum(c["cut"] for c in batch) / size, "lr": lr}
         metrics |= {"kl": k3.mean(), "tokens_trained": sum(x.shape[1] for x in seen)}
         metrics |= {"tokens_generated": sum(len(c["response"]) - c["prefix_len"] for c in batch + spare)}
         metrics |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
@@ -328,10 +331,8 @@ def main(args):
                 metrics |= evaluate(model, tokenizer, test, args)
         tok.log(out, metrics, batch[:2])
         if args.save_every and step % args.save_every == 0:
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            tok.save_model(
-                out / f"checkpoint-{step:06}", model, tokenizer, state | {"step": step, "args": vars(args)}
-            )
+            state = {"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
+            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, state)
     tok.save_model(out / "final", model, tokenizer)
 
 

@@ -18,11 +18,12 @@ grad L = - 1/Z sum mask weight grad log pi:
 
 import argparse
 import time
+from math import cos, pi
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, get_scheduler
+from transformers import DynamicCache
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
@@ -33,7 +34,7 @@ from common.verifier import check_gold, extract_answer, math_reward
 def parse_args(argv=None):
     add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
     # run
-    add("--output-dir", default=f"runs/{parser.prog.removesuffix('.py')}", help="the run's files go here")
+    add("--output-dir", default="runs/sft", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
     add("--steps", type=int, default=200, help="batches to train on; 0 only evaluates")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
     add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant_with_warmup", "linear", "cosine"], default="linear", help="of lr")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
     add("--batch-size", type=int, default=16, help="demonstrations per step")
@@ -167,11 +168,9 @@ def main(args):
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
     order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
-    schedule = get_scheduler(args.schedule, optimizer, args.warmup_steps, args.steps)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
     if checkpoint:
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
@@ -181,6 +180,9 @@ def main(args):
     for step in tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps):
         began = time.time()
         torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
+        progress = (step - 1) / args.steps  # the learning rate depends on the step alone, too
+        decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
 
         # demonstrations
         batch = train.select(order[step - 1])
@@ -203,22 +205,19 @@ def main(args):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
         metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
-        metrics |= {"lr": schedule.get_last_lr()[0], "tokens_trained": mask.sum()}
+        metrics |= {"lr": lr, "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)
         tok.log(out, metrics)
         if args.save_every and step % args.save_every == 0:
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            tok.save_model(
-                out / f"checkpoint-{step:06}", model, tokenizer, state | {"step": step, "args": vars(args)}
-            )
+            state = {"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
+            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, state)
     tok.save_model(out / "final", model, tokenizer)
 
 

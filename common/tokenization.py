@@ -219,7 +219,7 @@ def with_gold(rows, args, extract_answer, check_gold):
     key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
     names = ", ".join(rows.column_names)
     demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
-    texts = [str(text).strip() for text in rows[key]]
+    texts = ["" if text is None else str(text).strip() for text in rows[key]]
     golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
     parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
@@ -249,6 +249,17 @@ def pass_at_k(right, levels):
 
 
 # ---- model folders and run folders -----------------------------------------------------------------------
+
+LEAST = dict.fromkeys(
+    ("batch_size", "micro_batch_tokens", "max_new_tokens", "sample_rows", "eval_questions"), 1
+)
+LEAST |= {
+    "group_size": 2,
+    "epochs_per_batch": 1,
+    "minibatches": 1,
+    "prefix_decay_steps": 1,
+    "max_demo_tokens": 1,
+}
 
 
 def load_model(source):
@@ -290,10 +301,10 @@ def checkpoints(folder):
 
 def environment():
     """What args.json records beside the arguments: package versions and, in a git checkout, the commit."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     packages = {name: version(name) for name in ("torch", "transformers", "datasets", "sympy")}
-    return {"versions": packages, "commit": git.stdout.strip()}
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = subprocess.run(ask, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return {"versions": packages, "commit": git.stdout.strip() if git else ""}
 
 
 def open_run(args):
@@ -303,11 +314,15 @@ def open_run(args):
     it the lines of metrics.jsonl and samples.jsonl that came after the checkpoint are cut: they will be made
     again.
     """
+    for name, least in LEAST.items():
+        given = getattr(args, name, least)
+        demand(given >= least, f"--{name.replace('_', '-')} {given}: must be at least {least}.")
+    demand(args.temperature > 0, f"--temperature {args.temperature}: must be above 0.")
     out = Path(args.output_dir)
     if not args.resume:
-        if out.exists():
+        if (out / "metrics.jsonl").exists():
             out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
         return out, None, {"step": 0}
     whole = checkpoints(out)
