@@ -240,10 +240,14 @@ def _pow(base, exponent):
     return Pow(base, exponent, evaluate=False)
 
 
+REAL_ROOT = sp.Function("real_root")  # evaluated below; a * |a|^(1/n - 1) would double its argument
+
+
 def _root(a, n):
     """The n-th root, for odd n the real one: the cube root of -8 is -2."""
-    if n.is_Integer and n.p % 2 and not (a.is_Rational and a.p >= 0) and not a.has(I):
-        return _mul(a, _pow(sp.Abs(a, evaluate=False), _add(_div(1, n), -1)))
+    _require(n != 0)
+    if n.is_Integer and n.p % 2 and not (a.is_Rational and a.p >= 0):
+        return REAL_ROOT(a, n, evaluate=False)
     return _pow(a, _div(1, n))
 
 
@@ -271,7 +275,7 @@ FUNCTIONS |= {
     "ln": FUNCTIONS["log"],
     "lg": lambda z: _div(log(z, evaluate=False), log(Integer(10), evaluate=False)),
     "abs": _unevaluated(sp.Abs),
-    "cot": lambda z: _div(sp.cos(z, evaluate=False), sp.sin(z, evaluate=False)),
+    "cot": lambda z: _div(1, sp.tan(z, evaluate=False)),
     "sec": lambda z: _div(1, sp.cos(z, evaluate=False)),
     "csc": lambda z: _div(1, sp.sin(z, evaluate=False)),
     "cis": lambda z: exp(_mul(I, z), evaluate=False),
@@ -715,6 +719,10 @@ def _value(e, point) -> tuple:
         return libmp.mpc_pow(*values, PRECISION)
     if isinstance(e, sp.Abs):
         return libmp.mpc_abs(values[0], PRECISION), libmp.fzero
+    if e.func is REAL_ROOT:
+        negative = values[0][0][0] and values[0][1] == libmp.fzero
+        root = libmp.mpc_nthroot(libmp.mpc_neg(values[0]) if negative else values[0], e.args[1].p, PRECISION)
+        return libmp.mpc_neg(root) if negative else root
     return NUMERIC[e.func](values[0], PRECISION)
 
 
