@@ -106,8 +106,8 @@ def tiny():
 def gpt2(vocabulary, **more):
     """A random GPT-2: absolute positions, so that a row shifted by its padding gives other numbers."""
     torch.manual_seed(0)
-    size = dict(n_positions=512, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
-    config = GPT2Config(vocab_size=vocabulary, bos_token_id=None, **size | more)
+    size = dict(n_positions=512, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=None)
+    config = GPT2Config(vocab_size=vocabulary, **size | more)
     return GPT2LMHeadModel(config).eval()
 
 

@@ -10,6 +10,7 @@ import torch
 import grpo
 import prefix_rft
 import sft
+from experiments import trl_values
 
 
 def settings(**changed):
@@ -192,6 +193,57 @@ def test_sft_loss_and_gradient():
     tokens = [logp[i, t].item() for i in range(5) for t in range(9) if mask[i, t]]
     close(loss.item(), -sum(tokens) / len(tokens))
     close(logp.grad, -mask / len(tokens))
+
+
+# ---- TRL -------------------------------------------------------------------------------------------------
+
+# Loss and d loss / d logp of TRL 1.16.0 (22 November 2026), printed by experiments/trl_values.py
+TRL = [
+    # loss type, epsilon_high, beta, loss, gradient
+    ("grpo", 0.2, 0.0, -0.0006347, [
+        [0.0000000, -0.0463011, -0.0637626, 0.0000000, 0.0000000],
+        [0.0000000, 0.1017836, 0.0000000, 0.0000000, 0.0000000],
+        [0.0166667, 0.0274787, 0.0150806, 0.0000000, 0.0184195],
+    ]),
+    ("grpo", 0.28, 0.1, -0.0004316, [
+        [-0.0763692, -0.0481462, -0.0646390, -0.0054060, 0.0000000],
+        [0.0043197, 0.1033696, 0.0000000, 0.0000000, 0.0000000],
+        [0.0133878, 0.0274787, 0.0168085, -0.0114552, 0.0190539],
+    ]),
+    ("dr_grpo", 0.2, 0.0, -0.0310575, [
+        [0.0000000, -0.0231506, -0.0318813, 0.0000000, 0.0000000],
+        [0.0000000, 0.0254459, 0.0000000, 0.0000000, 0.0000000],
+        [0.0104167, 0.0171742, 0.0094254, 0.0000000, 0.0115122],
+    ]),
+    ("dr_grpo", 0.28, 0.1, -0.0304331, [
+        [-0.0381846, -0.0240731, -0.0323195, -0.0027030, 0.0000000],
+        [0.0010799, 0.0258424, 0.0000000, 0.0000000, 0.0000000],
+        [0.0083674, 0.0171742, 0.0105053, -0.0071595, 0.0119087],
+    ]),
+    ("dapo", 0.2, 0.0, -0.0677619, [
+        [0.0000000, -0.0505103, -0.0695592, 0.0000000, 0.0000000],
+        [0.0000000, 0.0555183, 0.0000000, 0.0000000, 0.0000000],
+        [0.0227273, 0.0374709, 0.0205645, 0.0000000, 0.0251175],
+    ]),
+    ("dapo", 0.28, 0.1, -0.0663995, [
+        [-0.0833119, -0.0525231, -0.0705153, -0.0058975, 0.0000000],
+        [0.0023562, 0.0563834, 0.0000000, 0.0000000, 0.0000000],
+        [0.0182561, 0.0374709, 0.0229207, -0.0156207, 0.0259826],
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type, high, beta, value, gradient", TRL)
+def test_loss_and_gradient_are_those_of_trl(loss_type, high, beta, value, gradient):
+    """TRL's names: grpo is the mean of means, dapo the mean over tokens, dr_grpo the constant."""
+    logp, old, ref, A, mask = trl_values.tensors()
+    logp.requires_grad_()
+    inv_z = grpo.inverse_z(mask, {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}[loss_type], 8)
+    args = settings(clip_high=high, kl_coef=beta)
+    loss, _, _ = grpo.policy_loss(logp, old, ref, A[:, None], mask, inv_z, args)
+    loss.backward()
+    close([loss.item()], [value])
+    close(logp.grad, gradient)
 
 
 # ---- the one equation: the weight of each method, read back from autograd --------------------------------

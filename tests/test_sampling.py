@@ -1,0 +1,247 @@
+"""Sampling and scoring are one distribution, greedy is transformers', and no setting of a model leaks in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, gpt2
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import common.tokenization as tok
+import grpo
+
+# of unlike lengths: all but the longest are padded on the left; two are the same
+QUESTIONS = [
+    "Compute 1 + 1.",
+    "Who?",
+    "What is the median of 75, 60, 21, 3, 8?",
+    "Compute 1 + 1.",
+    "a b " * 12,
+]
+
+
+def settings(**changed):
+    return grpo.parse_args([x for k, v in changed.items() for x in (f"--{k.replace('_', '-')}", str(v))])
+
+
+@pytest.fixture(params=["tiny", "pad is eos"])
+def pair(request, tiny, pad_is_eos):
+    """Relative and absolute positions; pad apart from EOS and the same."""
+    if request.param == "tiny":
+        return tiny
+    return AutoModelForCausalLM.from_pretrained(pad_is_eos).eval(), AutoTokenizer.from_pretrained(pad_is_eos)
+
+
+# ---- greedy ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [512, 2])
+def test_greedy_is_what_generate_gives(pair, rows):
+    """For prompts of mixed lengths, in any batch: padding, dropped rows and shared prompts change nothing."""
+    model, tokenizer = pair
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS)
+    args = settings(max_new_tokens=24, sample_rows=rows)
+    responses, _ = grpo.sample(model, tokenizer, prompts, 0.0, args)
+    for prompt, response in zip(prompts, responses):
+        ids = torch.tensor([prompt])
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        assert response == want[0, len(prompt) :].tolist()
+    assert len({len(response) for response in responses}) > 1 or tokenizer.chat_template is None
+
+
+# ---- sampled = scored ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.8])
+def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
+    """ratio == 1: left-padded sampling with a cache, and right-padded scoring, at the same temperature."""
+    model, tokenizer = pair
+    torch.manual_seed(0)
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS * 4)
+    args = settings(max_new_tokens=24, temperature=temperature, sample_rows=12, micro_batch_tokens=200)
+    responses, sampled = grpo.sample(model, tokenizer, prompts, temperature, args)
+    assert [len(x) for x in sampled] == [len(x) for x in responses]
+    tokens, mask = tok.join(prompts, responses)
+    scored, entropy = grpo.score(model, tokens, mask, args)
+    ratio = (scored - tok.align(sampled, mask)).exp()
+    assert (ratio - 1).abs().max() < 1e-4
+    logits = model(tokens).logits.float() / temperature  # and both are the model's, by the plain formula
+    p = logits.log_softmax(-1)[:, :-1]
+    plain = p.gather(-1, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
+    torch.testing.assert_close(scored[:, 1:], plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(entropy[:, 1:], -(p.exp() * p).sum(-1) * mask[:, 1:], atol=1e-4, rtol=0)
+    assert (scored[mask == 0] == 0).all()
+
+
+def test_self_check_stops_a_run_whose_head_is_not_a_plain_product(tiny):
+    """A head with a bias cannot be scored by `logprobs`: one sentence, before any training."""
+    tokenizer, rows = tiny[1], {"question": QUESTIONS}
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model").eval()
+    args = settings(max_new_tokens=8)
+    grpo.self_check(model, tokenizer, rows, args)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 1, len(model.lm_head.weight)))
+    with pytest.raises(SystemExit, match="cannot be scored"):
+        grpo.self_check(model, tokenizer, rows, args)
+
+
+VOCABULARY, EOS = 7, 0
+
+
+@pytest.fixture(scope="module")
+def seven_words():
+    """A model of seven words, of which word 0 ends a response, and two prompts of unlike length."""
+    model = gpt2(VOCABULARY, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.15)
+    return model, SimpleNamespace(eos_token_id=EOS), ([3, 1, 4, 1, 5], [2])
+
+
+def every_response(prompt):
+    """All responses of at most two tokens: EOS alone, or a word and then any word or EOS."""
+    return [[EOS], *([a, b] for a in range(1, VOCABULARY) for b in range(VOCABULARY))]
+
+
+def probabilities(model, prompt, temperature):
+    """By the plain formula, unpadded, in float64: P of each response of two tokens."""
+    responses = every_response(prompt)
+    p = []
+    for response in responses:
+        logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+        steps = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        p.append(torch.stack([logits[i].log_softmax(-1)[y] for i, y in zip(steps, response)]).sum().exp())
+    return torch.stack(p).detach()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scored_probabilities_of_all_responses_sum_to_one(seven_words, temperature):
+    """`logprobs` of every response there is, beside each other: a distribution, and the model's own."""
+    model, _, prompts = seven_words
+    for prompt in prompts:
+        responses = every_response(prompt)
+        tokens, mask = tok.join([prompt] * len(responses), responses)
+        scored = grpo.logprobs(model, tokens, mask, temperature)[0].sum(1).exp().detach()
+        assert abs(scored.sum() - 1) < 1e-5
+        torch.testing.assert_close(
+            scored.double(), probabilities(model, prompt, temperature), atol=1e-6, rtol=1e-4
+        )
+
+
+def chi_square_p(counts, p):
+    """P(chi-square >= observed); cells that expect less than 5 are one cell."""
+    expected = p / p.sum() * counts.sum()
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_frequencies_are_the_scored_probabilities(seven_words, temperature):
+    """8,000 draws of first and second token from two prompts at once, against enumerated probabilities."""
+    model, tokenizer, prompts = seven_words
+    torch.manual_seed(0)
+    args = settings(max_new_tokens=2, sample_rows=4000)
+    responses, _ = grpo.sample(model, tokenizer, [p for _ in range(4000) for p in prompts], temperature, args)
+    for k, prompt in enumerate(prompts):
+        cells = {tuple(response): i for i, response in enumerate(every_response(prompt))}
+        counts = torch.zeros(len(cells), dtype=torch.float64)
+        for response in responses[k::2]:
+            counts[cells[tuple(response)]] += 1  # a KeyError: a response that cannot be
+        assert chi_square_p(counts, probabilities(model, prompt, temperature)) > 1e-3
+        for wrong in (temperature * 1.3, temperature / 1.3):  # the test can tell
+            assert chi_square_p(counts, probabilities(model, prompt, wrong)) < 1e-6
+        assert chi_square_p(counts, probabilities(model, prompts[1 - k], temperature)) < 1e-6
+
+
+# ---- budgets and leaks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9])
+def test_a_response_ends_with_eos_or_with_the_budget(seven_words, budget):
+    model, tokenizer, prompts = seven_words
+    torch.manual_seed(0)
+    responses, logps = grpo.sample(model, tokenizer, list(prompts) * 99, 1.0, settings(max_new_tokens=budget))
+    for response, logp in zip(responses, logps):
+        assert 1 <= len(response) <= budget and len(logp) == len(response)
+        assert EOS not in response[:-1] and (response[-1] == EOS or len(response) == budget)
+        assert max(logp) <= 0
+    assert {len(response) for response in responses} == set(range(1, budget + 1))
+
+
+def test_no_prompts_no_responses(seven_words):
+    assert grpo.sample(*seven_words[:2], [], 1.0, settings()) == ([], [])
+
+
+def test_responses_come_in_the_order_of_their_prompts(seven_words):
+    """Greedily each prompt has one response, whatever its neighbours and its place."""
+    model, tokenizer, _ = seven_words
+    prompts = [[1 + i % 6] * (1 + i % 5) for i in range(30)]
+    together, _ = grpo.sample(model, tokenizer, prompts, 0.0, settings(max_new_tokens=5, sample_rows=7))
+    alone = [grpo.sample(model, tokenizer, [p], 0.0, settings(max_new_tokens=5))[0][0] for p in prompts]
+    assert together == alone and len(set(map(tuple, alone))) > 3
+
+
+def test_a_generation_config_does_not_leak_into_rollouts(tiny, tmp_path):
+    """Bit for bit the same samples with a folder that asks for top-k, top-p, a penalty and T = 0.1."""
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    biased = dict(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, min_new_tokens=20
+    )
+    GenerationConfig(**biased, eos_token_id=0, pad_token_id=1).save_pretrained(tmp_path)
+    other, other_tokenizer = tok.load_model(str(tmp_path))
+    assert other.generation_config.top_k == 1  # it is there
+    prompts, samples = tok.encode_prompts(tokenizer, QUESTIONS), []
+    for m, t in ((model, tokenizer), (other, other_tokenizer)):
+        torch.manual_seed(0)
+        samples.append(grpo.sample(m, t, prompts, 1.0, settings(max_new_tokens=16)))
+    assert samples[0] == samples[1]
+
+
+# ---- padding and memory ----------------------------------------------------------------------------------
+
+
+def test_padded_is_unpadded(pair):
+    """Log-probs and entropies of a row do not depend on how much padding is at its right."""
+    model, tokenizer = pair
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS)
+    responses = [tok.encode_response(tokenizer, f"\\boxed{{{'7' * n}}}") for n in (1, 9, 2, 5, 3)]
+    tokens, mask = tok.join(prompts, responses)
+    together = grpo.logprobs(model, tokens, mask, 0.9)
+    for i, row in enumerate(zip(prompts, responses)):
+        alone_tokens, alone_mask = tok.join([row[0]], [row[1]])
+        alone = grpo.logprobs(model, alone_tokens, alone_mask, 0.9)
+        for a, b in zip(alone, together):
+            torch.testing.assert_close(a[0], b[i, : a.shape[1]], atol=2e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_a_training_step_never_holds_tokens_times_vocabulary():
+    """8,192 words, 1,000 trained tokens: nothing of 8 million numbers, neither logits nor their gradient."""
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, max_position_embeddings=512, **size)).eval()
+    tokens, mask = tok.join([[5] * 10] * 5, [list(range(200))] * 5)
+    one = torch.ones_like(mask, dtype=torch.float32)
+    with Largest() as ours:
+        logp, _ = grpo.logprobs(model, tokens, mask, 1.0)
+        loss, _, _ = grpo.policy_loss(logp, logp.detach(), logp.detach(), one, mask, one, settings())
+        loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    with Largest() as plain:
+        model(tokens).logits.log_softmax(-1)
+    assert plain.elements >= 1000 * 8192  # the hook sees what it is there to see
+    assert ours.elements < 1000 * 8192 * 0.6
