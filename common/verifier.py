@@ -471,6 +471,7 @@ NAME = re.compile(  # x, x_1, f(x), (p,q), "area, AB, NO/BO
     r"""(?:[a-zA-Z]'*|\\[a-z]+)(?:_(?:\w|\{\w+\}))?(?:\^\{?-1\}?)?(?:\((?:[a-z]|-?[0-9]+)(?:,[a-z])*\))?"""
     r"""|\([a-zA-Z](?:,[a-zA-Z])+\)|(?:"\w+)+|(?:\\angle|\\triangle|\\overline|\\frac|m(?=\\angle)|[A-Z{}/])+"""
 )
+FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)(?:/([0-9]+))?)")
 CONSTANT_NAMES = (r"\infty", r"\pi", r"\R", "e", "i")
 LOW, HIGH = Answer("number", -oo), Answer("number", oo)
 
@@ -658,6 +659,10 @@ def _read(text: str) -> Answer:
     """The answer that a text stands for; of kind "unread" where it is none, equal only to the same text."""
     try:
         _require(len(text) <= MAX_CHARS)
+        if match := FRACTION.fullmatch(text):  # the commonest answers, eight times as fast
+            sign, *numbers = match.groups()
+            top, bottom = _number(numbers[0] or numbers[2]), _number(numbers[1] or numbers[3] or "1")
+            return Answer("number", _mul(-1 if sign else 1, _div(top, bottom)), plain=True)
         cleaned = " ".join(text.split()).translate(UNICODE).strip(" *:~")
         for pattern, replacement in REWRITES:
             cleaned = pattern.sub(replacement, cleaned)
