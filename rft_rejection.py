@@ -1,0 +1,307 @@
+"""RFT: rejection-sampling fine-tuning, maximum likelihood of one's own samples that were right.
+
+Yuan et al., Scaling Relationship on Learning Mathematical Reasoning, arXiv 2308.01825; STaR 2203.14465;
+RAFT 2304.06767; ReST-EM 2312.06585. Sample k completions of each question, let a verifier judge them, keep
+the right ones, of those that reason alike only one, and train on them as if they were demonstrations:
+
+    y ~ pi_sampler( . | x), V(x, y) = 1, distinct;    L = - 1/Z sum_i sum_t m_it log pi(y_it | x_i, y_i<t)
+
+In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
+    data    own samples that were right, each reasoning path once; --add-gold: and the demonstrations
+    weight  1, as in sft.py: a wrong sample is left out, not pushed away as in grpo.py
+    mask    the response, EOS included
+    Z       response tokens of the whole optimizer batch
+RFT is one round of this from the base, STaR and ReST-EM are several (STaR: --rationalize), RAFT and expert
+iteration are --restart continue --keep-per-question 1. With --k 0 --add-gold it is sft.py, bit by bit.
+
+    python rft_rejection.py                              # tiny world, 2 CPU cores, minutes
+    python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold            # RFT as published
+    python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5 --questions 0
+"""
+
+import argparse
+import re
+import time
+from math import cos, pi
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import common.tokenization as tok
+from common.logprob import token_logprobs
+from common.verifier import check_gold, extract_answer, math_reward
+
+
+# ---- arguments -------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
+    # run
+    add("--output-dir", default="runs/rft_rejection", help="metrics, samples, checkpoints, final model")
+    add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
+    add("--steps", type=int, default=200, help="batches to train on in each round; 0 only evaluates")
+    add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
+    # model
+    add("--model", default="tiny/model", help="hub name or folder")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
+    # data
+    add("--data", default="tiny/data", help="hub name, folder, or .jsonl, .json, .csv, .parquet file")
+    add("--split", default="train", help="rows to train on")
+    add("--eval-data", help="where the held-out rows are, if not in --data")
+    add("--eval-split", help="held-out rows; default: test, or else a tenth of --split, kept apart")
+    add("--question-key", default="question", help="column of the question")
+    add("--answer-key", default="answer", help="column of the gold; if absent, the solution's answer")
+    add("--solution-key", default="solution", help="column of the demonstration")
+    add("--prompt-template", default="{question}", help="what is said to the model")
+    # optimisation
+    add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
+    add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
+    add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
+    add("--batch-size", type=int, default=16, help="demonstrations per step")
+    add("--micro-batch-tokens", type=int, default=2048, help="padded tokens per backward pass")
+    # sampling
+    add("--temperature", type=float, default=1.0, help="of the k samples; training is at 1")
+    add("--max-new-tokens", type=int, default=100, help="budget of a response")
+    add("--sample-rows", type=int, default=512, help="responses sampled at once")
+    # evaluation
+    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: at start and end only")
+    add("--eval-questions", type=int, default=300, help="held-out questions to use")
+    add("--eval-samples", type=int, default=4, help="samples per question for pass@k")
+    # the method
+    add("--max-demo-tokens", type=int, default=512, help="a longer demonstration loses its end, EOS too")
+    add("--k", type=int, default=8, help="samples per question and round")
+    add("--questions", type=int, default=1000, help="training questions to sample; 0: all of them")
+    add("--keep-per-question", type=int, default=0, help="at most so many paths, drawn at random; 0: all")
+    add("--add-gold", action="store_true", help="train on the demonstrations of these questions, too")
+    add("--rationalize", nargs="?", const="{question}\nAnswer: {gold}", help="STaR: retry, told the answer")
+    add("--rounds", type=int, default=1, help="of sampling and training")
+    add("--restart", choices=["base", "continue"], default="base", help="what a round's training starts from")
+    add("--base", help="the model that --restart base means; default: --model")
+    return parser.parse_args(argv)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------
+@torch.no_grad()
+def sample(model, tokenizer, prompts, temperature, args):
+    """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
+    logps = torch.zeros(len(prompts), args.max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
+    for rows in torch.tensor(order).split(args.sample_rows) if prompts else ():
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
+        copies = torch.tensor(
+            [distinct.index(tuple(prompts[i])) for i in rows], device=model.device
+        )  # [rows]
+        token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
+        position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
+        cache = DynamicCache(config=model.config)
+        for t in range(args.max_new_tokens):
+            inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
+            logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
+            if t == 0:  # from a row per distinct prompt to a row per response
+                cache.batch_select_indices(copies)
+                logits, mask, position = logits[copies], mask[copies], position[copies, -1:]
+            logp = (logits / (temperature or 1.0)).log_softmax(
+                -1
+            )  # no top-p, no penalty: as `logprobs` scores
+            token = torch.multinomial(logp.exp(), 1) if temperature else logp.argmax(-1, True)  # [rows, 1]
+            ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
+            alive = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+            if len(alive) == 0:
+                break
+            if len(alive) < len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+                cache.batch_select_indices(alive)
+                rows, token, mask, position = rows[alive.cpu()], token[alive], mask[alive], position[alive]
+            mask, position = F.pad(mask, (0, 1), value=1), position + 1  # the new token is seen by the next
+    return [x[x >= 0].tolist() for x in ids], [lp[x >= 0].tolist() for x, lp in zip(ids, logps)]
+
+
+def attempt(model, tokenizer, rows, template, args):
+    """k judged samples of each question, a list for each; the template may show the gold, too."""
+    questions, golds = [row[args.question_key] for row in rows], [row["gold"] for row in rows]
+    asked = [template.replace("{gold}", g).replace("{question}", q) for q, g in zip(questions, golds)]
+    prompts = tok.encode_prompts(tokenizer, asked, args.prompt_template)
+    responses, _ = sample(model, tokenizer, prompts * args.k, args.temperature, args)
+    texts, stops = tok.decode_responses(tokenizer, responses), tok.stop_ids(tokenizer, model.config)
+    done = {args.question_key: questions * args.k, args.solution_key: texts, "gold": golds * args.k}
+    done |= {"reward": math_reward(texts, golds * args.k), "kept": [False] * len(texts)}
+    done |= {"tokens": [len(x) for x in responses], "ended": [x[-1] in stops for x in responses]}  # by EOS
+    done = [dict(zip(done, values)) for values in zip(*done.values())]  # a dict per sample
+    return [done[i :: len(rows)] for i in range(len(rows))]  # prompts were k rounds of all questions
+
+
+def harvest(model, tokenizer, rows, args):
+    """The samples of a round, of which `kept` says what to train on, and their numbers."""
+    done = attempt(model, tokenizer, rows, "{question}", args)
+    reward = sum(s["reward"] for samples in done for s in samples) / max(1, args.k * len(rows))
+    failed = [i for i, samples in enumerate(done) if not any(s["reward"] for s in samples)]
+    if args.rationalize:  # told the answer, it may find a way there; it is trained without having been told
+        for i, more in zip(failed, attempt(model, tokenizer, rows.select(failed), args.rationalize, args)):
+            done[i] += more
+    found, paths = [], 0
+    for row, samples in zip(rows, done):
+        shuffled = (samples[j] for j in torch.randperm(len(samples)))  # no path is preferred
+        distinct = {path(s[args.solution_key]): s for s in shuffled if s["reward"] and s["ended"]}
+        paths += len(distinct)  # the quantity that RFT's gain grows with
+        if args.add_gold:  # a demonstration stands for its path
+            found.append({key: row[key] for key in (args.question_key, args.solution_key)} | {"kept": True})
+            distinct.pop(path(row[args.solution_key]), None)
+        for s in list(distinct.values())[: args.keep_per_question or None]:
+            s["kept"] = True
+        found += samples
+    kept = sum(s["kept"] for s in found)
+    tok.demand(kept, "--k: not one sample of any question is right; raise it, or begin with sft.py.")
+    metrics = {"reward": reward, "kept": kept, "unsolved": len(failed) / len(rows)}
+    metrics |= {"tokens_generated": sum(s["tokens"] for samples in done for s in samples)}
+    return metrics | {"paths": paths / len(rows)}, found
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------
+def logprobs(model, tokens, response_mask, temperature):
+    """log pi(y_t | x, y_<t), entropy of pi(. | x, y_<t) on each response token, 0 elsewhere; all [B, T]."""
+    # no attention mask: the padding is on the right, where causal attention never looks
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]  # position t-1 predicts y_t
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # prompt and padding cost nothing
+    logp, entropy = token_logprobs(hidden, model.get_output_embeddings().weight, targets, temperature)
+    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # back on the grid of the tokens
+
+
+@torch.no_grad()
+def score(model, tokens, response_mask, args):
+    """`logprobs` of a whole batch [N, T], micro-batch by micro-batch and without gradient."""
+    logp, entropy = torch.zeros(2, *tokens.shape, device=tokens.device)
+    for rows, width in tok.split_by_tokens(response_mask, range(len(tokens)), args.micro_batch_tokens):
+        micro = tokens[rows, :width], response_mask[rows, :width]
+        logp[rows, :width], entropy[rows, :width] = logprobs(model, *micro, args.temperature)
+    return logp, entropy
+
+
+# ---- the method ------------------------------------------------------------------------------------------
+def path(text):
+    """How a text reasons: its equations without words and spaces; where there are none, the text itself."""
+    parts = [part for part in re.split(r"[,;:$\n]|\.(?!\d)", text) if "=" in part]
+    return tuple(re.sub(r"(?<!\\)\b[A-Za-z]{2,}|\s", "", part) for part in parts) or tuple(text.split())
+
+
+def sft_loss(logp, response_mask, z):
+    """- 1/Z sum m log pi; logp and mask [B, T] of a micro-batch, Z of the whole optimizer batch."""
+    weight = torch.ones_like(logp)  # a demonstration's advantage is 1, whoever wrote it
+    return -(weight * logp * response_mask).sum() / z
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------
+def evaluate(model, tokenizer, rows, args):
+    """Held-out greedy accuracy and pass@k, overall and for each level where the rows have one."""
+    torch.manual_seed(args.seed)  # the same draws at every evaluation
+    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
+    right = []  # verdicts: the greedy answer to every question, then n rounds of samples
+    for temperature, copies in ((0.0, 1), (1.0, args.eval_samples)):  # greedy hides reliability
+        responses, _ = sample(model, tokenizer, prompts * copies, temperature, args)
+        right += math_reward(tok.decode_responses(tokenizer, responses), list(rows["gold"]) * copies)
+    return tok.pass_at_k(right, rows["level"] if "level" in rows.column_names else [None] * len(rows))
+
+
+def self_check(model, tokenizer, rows, args):
+    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
+    tokens, mask = tok.join(prompts, responses, model.device)
+    ratio = (score(model, tokens, mask, args)[0].cpu() - tok.align(sampled_logp, mask.cpu())).exp()
+    gap, limit = (ratio - 1).abs().max().item(), 1e-4 if args.dtype == "fp32" else 0.5  # bf16 has 3 digits
+    print(f"self-check: max |ratio - 1| = {gap:.0e} on {mask.sum()} sampled tokens; [trained] in this one:")
+    print(f"  {tokenizer.decode(prompts[0])}[{tokenizer.decode(responses[0])}]")
+    tok.demand(gap < limit, f"--model {args.model}: cannot be scored; has its head a bias or a soft cap?")
+
+
+# ---- training --------------------------------------------------------------------------------------------
+def main(args):
+    torch.manual_seed(args.seed)
+    out, checkpoint, state = tok.open_run(args)
+    model, tokenizer = tok.load_model(checkpoint or args.model)
+    asked, test = tok.load_splits(args, extract_answer, check_gold, demonstrations=args.add_gold)
+    asked = tok.with_gold(asked, args, extract_answer, check_gold) if args.add_gold else asked
+    asked = asked.select(range(min(args.questions or len(asked), len(asked))))
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
+    if checkpoint:
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        with autocast:
+            self_check(model, tokenizer, test, args)
+            tok.log(out, {"step": 0} | evaluate(model, tokenizer, test, args))
+    print(f"a round: {args.k} samples of {len(asked):,} questions, {args.steps} x {args.batch_size} kept")
+    sampled, train, last = state["step"] if checkpoint else -1, None, args.rounds * args.steps
+
+    for step in tqdm(range(state["step"] + 1, last + 1), initial=state["step"], total=last):
+        began = time.time()
+        torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
+        begin = (step - 1) // args.steps * args.steps  # the steps of earlier rounds
+        nth = step - begin  # step of this round
+        progress = (nth - 1) / args.steps  # the learning rate depends on the step alone, too
+        decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, nth / max(1, args.warmup_steps)) * decay
+
+        # sample, verify, keep; a checkpoint at a round's begin comes after that: no round is sampled twice
+        if nth == 1 and begin > sampled:
+            with autocast:
+                metrics, found = harvest(model, tokenizer, asked, args)
+            tok.log(out, {"step": begin} | metrics | {"seconds_sample": time.time() - began}, found)
+            if (
+                args.restart == "base"
+            ):  # the samples get better, the model that learns from them is the old one
+                model.load_state_dict(tok.load_model(args.base or args.model)[0].state_dict())
+                optimizer.state.clear()
+            state = {"step": begin, "args": vars(args), "optimizer": optimizer.state_dict()}
+            tok.save_model(out / f"checkpoint-{begin:06}", model, tokenizer, state)
+        if nth == 1 or not train:  # what the file says is what is trained
+            train = tok.load_split(str(out / "samples.jsonl"), "train", {})
+            rows = enumerate(zip(train["step"], train["kept"]))
+            train = train.select([i for i, (at, kept) in rows if at == begin and kept])
+            torch.manual_seed(args.seed + begin)  # a resumed run draws the same order
+            epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
+            order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
+        began = time.time()
+
+        # demonstrations, its own ones
+        batch = train.select(order[nth - 1])
+        prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
+        responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
+        cut = sum(len(ids) > args.max_demo_tokens for ids in responses)
+        responses = [ids[: args.max_demo_tokens] for ids in responses]
+        tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
+
+        # train
+        losses, seen = [], []
+        for rows, width in tok.split_by_tokens(mask, range(len(batch)), args.micro_batch_tokens):
+            y, m = (x[rows, :width] for x in (tokens, mask))  # micro-batch, [B, T]
+            with autocast:
+                logp, entropy = logprobs(model, y, m, 1.0)  # not the temperature of the samples
+            loss = sft_loss(logp, m, mask.sum())
+            loss.backward()
+            losses.append(loss.item())
+            seen.append(entropy.detach()[m.bool()].cpu())  # [tokens]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # log, evaluate, save
+        metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
+        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
+        metrics |= {"lr": lr, "tokens_trained": mask.sum()}
+        metrics |= {"seconds_train": time.time() - began}
+        if step % args.steps == 0 or (args.eval_every and step % args.eval_every == 0):
+            with autocast:
+                metrics |= evaluate(model, tokenizer, test, args)
+        tok.log(out, metrics)
+        if args.save_every and step % args.save_every == 0 and (step % args.steps or step == last):
+            state = {"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
+            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, state)
+    tok.save_model(out / "final", model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(parse_args())

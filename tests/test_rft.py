@@ -1,0 +1,243 @@
+"""Rejection sampling: what counts as one path, what is kept, SFT as the special case, rounds, resume."""
+
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, same_metrics, same_weights, weights
+from datasets import Dataset
+
+import common.tokenization as tok
+import rft_rejection as rft
+import sft
+
+FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
+
+
+# -- paths ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        ("Step 1: 7 + 4 = 11. So \\boxed{11}", "First 7+4 = 11, which is it: \\boxed{11}", True),
+        ("7 + 4 = 11. 11 * 2 = 22.", "11 * 2 = 22. 7 + 4 = 11.", False),  # the order is part of it
+        ("7 + 4 = 11. \\boxed{11}", "4 + 7 = 11. \\boxed{11}", False),
+        ("We get 3.5 = 7 / 2.", "Then 3.5 = 7/2", True),
+        ("so 3.5 = x", "so 3.6 = x", False),  # a decimal point ends no sentence
+        ("$\\frac{1}{2} = x$", "Hence \\frac{1}{2}=x", True),
+        ("$\\frac{1}{2} = x$", "$\\sqrt{1}{2} = x$", False),  # LaTeX is not prose
+        ("7  11 \\boxed{11}\n", "7 11 \\boxed{11}", True),  # no equation: the text, whitespace aside
+        ("7 11 \\boxed{11}", "7 12 11 \\boxed{11}", False),
+        ("\\boxed{11}", "The answer is 11.", False),
+    ],
+)
+def test_path(a, b, same):
+    assert (rft.path(a) == rft.path(b)) is same
+
+
+# -- what is kept -----------------------------------------------------------------------------------------
+
+QUESTIONS = Dataset.from_dict(
+    {
+        "question": ["a", "b", "c"],
+        "gold": ["11", "5", "7"],
+        "solution": ["7 + 4 = 11", "2 + 3 = 5", "9 - 2 = 7"],
+    }
+)
+ROUNDS = [  # one response to each of the three questions, four times
+    ("So 7 + 4 = 11. \\boxed{11}", "5 \\boxed{5}", "\\boxed{9}"),
+    ("Here 7+4=11: \\boxed{11}", "5 \\boxed{6}", "\\boxed{8}"),
+    ("5 + 6 = 11. \\boxed{11}", "5 \\boxed{5}", "x \\boxed{8}"),
+    ("\\boxed{11}...", "\\boxed{5}", "y \\boxed{8}"),  # the first one has no EOS
+]
+
+
+def fixed(tokenizer, rounds, seen=None):
+    """A stand-in for `sample` that answers with given texts, one round after the other."""
+    texts = [text for one in rounds for text in one]
+
+    def sample(model, tokenizer, prompts, *_):
+        if seen is not None:
+            seen.append(tok.decode_responses(tokenizer, prompts))
+        mine, texts[:] = texts[: len(prompts)], texts[len(prompts) :]
+        ids = [tok.encode_response(tokenizer, text.removesuffix("...")) for text in mine]
+        return [x[:-1] if t.endswith("...") else x for x, t in zip(ids, mine)], None
+
+    return sample
+
+
+def kept(found):
+    return [(s["question"], s["solution"]) for s in found if s["kept"]]
+
+
+def harvest(tiny, monkeypatch, *flags, rounds=ROUNDS, seen=None):
+    monkeypatch.setattr(rft, "sample", fixed(tiny[1], rounds, seen))
+    torch.manual_seed(0)
+    return rft.harvest(*tiny, QUESTIONS, rft.parse_args(["--k", "4", *flags]))
+
+
+def test_right_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
+    metrics, found = harvest(tiny, monkeypatch)
+    assert FOUND == set(metrics)
+    texts = [(s["question"], s["solution"]) for s in found]
+    assert sorted(texts) == sorted((q, t.removesuffix("...")) for one in ROUNDS for q, t in zip("abc", one))
+    mine = kept(found)
+    assert len(mine) == metrics["kept"] == 4 and metrics["reward"] == 7 / 12
+    assert metrics["unsolved"] == pytest.approx(1 / 3) and metrics["paths"] == pytest.approx(4 / 3)
+    assert {rft.path(text) for q, text in mine if q == "a"} == {("7+4=11",), ("5+6=11",)}
+    assert sorted(text for q, text in mine if q == "b") == ["5 \\boxed{5}", "\\boxed{5}"]
+    assert metrics["tokens_generated"] == sum(s["tokens"] for s in found) > 12
+
+
+def test_at_most_n_of_a_question_drawn_at_random(tiny, monkeypatch):
+    seen = set()
+    for seed in range(12):
+        monkeypatch.setattr(rft, "sample", fixed(tiny[1], ROUNDS))
+        torch.manual_seed(seed)
+        _, found = rft.harvest(*tiny, QUESTIONS, rft.parse_args("--k 4 --keep-per-question 1".split()))
+        assert [q for q, _ in kept(found)] == ["a", "b"]
+        seen |= set(kept(found))
+    assert len(seen) == 5  # every right and ended text has its chance, whichever came first
+
+
+def test_the_demonstration_stands_for_its_path(tiny, monkeypatch):
+    metrics, found = harvest(tiny, monkeypatch, "--add-gold")
+    assert [x for x in kept(found) if x[0] == "c"] == [("c", "9 - 2 = 7")]
+    assert [text for q, text in kept(found) if q == "a"] == ["7 + 4 = 11", "5 + 6 = 11. \\boxed{11}"]
+    assert metrics["kept"] == 6 and metrics["paths"] == pytest.approx(4 / 3)
+
+
+def test_rationalisation_shows_the_answer_and_is_trained_without(tiny, monkeypatch):
+    again = [("7 \\boxed{7}",), ("\\boxed{8}",), ("7 \\boxed{7}",), ("9 7 \\boxed{7}",)]
+    seen = []
+    metrics, found = harvest(tiny, monkeypatch, "--rationalize", rounds=ROUNDS + again, seen=seen)
+    assert [len(x) for x in seen] == [12, 4]
+    assert all("7" not in x for x in seen[0]) and all("c\nAnswer: 7\n" in x for x in seen[1])
+    assert sorted(x for x in kept(found) if x[0] == "c") == [("c", "7 \\boxed{7}"), ("c", "9 7 \\boxed{7}")]
+    assert metrics["reward"] == 7 / 12 and metrics["unsolved"] == pytest.approx(1 / 3)  # of the first try
+
+
+def test_nothing_right_is_an_error(tiny, monkeypatch):
+    with pytest.raises(tok.BadInput, match="--k"):
+        harvest(tiny, monkeypatch, rounds=[("x", "y", "z")] * 4)
+
+
+# -- the script -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train(small):
+    def go(out, *more):
+        base = ("--k", 4, "--questions", 16, "--steps", 3, "--rounds", 2)
+        rft.main(rft.parse_args(small("rft_rejection", out, *base, *more)))
+        return out
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("rft") / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sft") / "run"
+    sft.main(sft.parse_args(small("sft", out, "--steps", 11, "--save-every", 0)))  # more than an epoch of 40
+    return out
+
+
+def without_harvest(run):
+    lines = [x for x in read_jsonl(run / "metrics.jsonl") if "kept" not in x]
+    clocks = ("seconds_sample", "seconds_train", "peak_memory")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+
+
+def test_no_samples_and_the_demonstrations_are_sft(train, plain, tmp_path):
+    more = ("--k", 0, "--add-gold", "--questions", 0, "--steps", 11, "--rounds", 1, "--save-every", 0)
+    run = train(tmp_path / "run", *more)
+    same_weights(run / "final", plain / "final")
+    assert without_harvest(run) == without_harvest(plain)
+
+
+def test_rejection_that_keeps_exactly_the_demonstrations_is_sft(train, plain, tmp_path, monkeypatch):
+    def demonstrations(model, tokenizer, rows, template, args):
+        torch.rand(7)  # whatever sampling draws changes nothing later
+        more = {"reward": 1.0, "kept": False, "tokens": 5, "ended": True}
+        return [[{k: row[k] for k in ("question", "solution", "gold")} | more] for row in rows]
+
+    monkeypatch.setattr(rft, "attempt", demonstrations)
+    run = train(
+        tmp_path / "run", "--k", 1, "--questions", 0, "--steps", 11, "--rounds", 1, "--temperature", 0.5
+    )
+    same_weights(run / "final", plain / "final")
+
+
+def test_a_run(whole):
+    lines, samples = read_jsonl(whole / "metrics.jsonl"), read_jsonl(whole / "samples.jsonl")
+    rounds = [x for x in lines if "kept" in x]
+    assert [x["step"] for x in rounds] == [0, 3]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in lines if "accuracy" in x] == [0, 3, 6]  # before, and after each round
+    for line in rounds:
+        mine = [s for s in samples if s["step"] == line["step"]]
+        assert len(mine) == 4 * 16 and line["kept"] == sum(s["kept"] for s in mine) > 0
+        assert all(s["reward"] and s["ended"] for s in mine if s["kept"])
+        assert line["tokens_generated"] == sum(s["tokens"] for s in mine)
+    lr = [x["lr"] for x in lines if "loss" in x]
+    assert lr[:3] == lr[3:] and lr[0] > lr[2]  # each round has a schedule of its own
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupt(train, out, at, monkeypatch, *more):
+    """A run that dies just before it logs step `at`."""
+    log_line = tok.log
+
+    def dies(out, metrics, samples=()):
+        if metrics["step"] == at and "loss" in metrics:
+            raise Killed
+        log_line(out, metrics, samples)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(tok, "log", dies)
+        train(out, *more)
+
+
+@pytest.mark.parametrize("at, harvests", [(1, 1), (3, 1), (4, 0), (6, 0)])
+def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, at, harvests, monkeypatch):
+    interrupt(train, tmp_path / "run", at, monkeypatch)
+    calls, attempt = [], rft.attempt
+    monkeypatch.setattr(rft, "attempt", lambda *x: calls.append(1) or attempt(*x))
+    train(tmp_path / "run", "--resume")
+    assert len(calls) == harvests  # only rounds that had not begun
+    same_metrics(whole, tmp_path / "run")
+    same_weights(whole / "final", tmp_path / "run" / "final")
+    assert (whole / "samples.jsonl").read_text() == (tmp_path / "run" / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("restart", ["base", "continue"])
+def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch):
+    run = tmp_path / "run"
+    interrupt(train, run, 4, monkeypatch, "--restart", restart)
+    after, before = weights(run / "checkpoint-000003"), weights(ROOT / "tiny/model")
+    assert all(torch.equal(after[k], before[k]) for k in before) is (restart == "base")
+    state = torch.load(run / "checkpoint-000003" / "state.pt", weights_only=True)
+    assert bool(state["optimizer"]["state"]) is (restart == "continue")
+
+
+def test_another_model_can_be_the_base(train, pad_is_eos, tmp_path, monkeypatch):
+    """RFT as published samples from one model and trains another; here one of another kind, which must fail."""
+    with pytest.raises(RuntimeError, match="state_dict"):
+        train(tmp_path / "run", "--base", pad_is_eos)
+
+
+def test_the_temperature_is_of_the_samples_alone(train, tmp_path, monkeypatch):
+    sampled, trained, sample, logprobs = set(), set(), rft.sample, rft.logprobs
+    monkeypatch.setattr(rft, "sample", lambda *x: sampled.add(x[3]) or sample(*x))
+    monkeypatch.setattr(
+        rft, "logprobs", lambda *x: (torch.is_grad_enabled() and trained.add(x[3])) or logprobs(*x)
+    )
+    train(tmp_path / "run", "--temperature", 0.7, "--rounds", 1, "--steps", 1)
+    assert sampled == {0.7, 0.0, 1.0} and trained == {1.0}
