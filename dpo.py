@@ -214,12 +214,11 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
     torch.manual_seed(args.seed)
-    out, checkpoint, state = tok.open_run(args)
-    model, tokenizer = tok.load_model(checkpoint or args.model)
     train, test = tok.load_splits(args, extract_answer, check_gold)
+    out, state, model, tokenizer = tok.open_run(args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
-    if checkpoint:
+    if args.resume:
         optimizer.load_state_dict(state["optimizer"])
     else:
         with autocast:

@@ -220,21 +220,20 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
     torch.manual_seed(args.seed)
-    out, checkpoint, state = tok.open_run(args)
-    model, tokenizer = tok.load_model(checkpoint or args.model)
     asked, test = tok.load_splits(args, extract_answer, check_gold, demonstrations=args.add_gold)
+    out, state, model, tokenizer = tok.open_run(args)
     asked = tok.with_gold(asked, args, extract_answer, check_gold) if args.add_gold else asked
     asked = asked.select(range(min(args.questions or len(asked), len(asked))))
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
-    if checkpoint:
+    if args.resume:
         optimizer.load_state_dict(state["optimizer"])
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
             tok.log(out, {"step": 0} | evaluate(model, tokenizer, test, args))
     print(f"a round: {args.k} samples of {len(asked):,} questions, {args.steps} x {args.batch_size} kept")
-    sampled, train, last = state["step"] if checkpoint else -1, None, args.rounds * args.steps
+    sampled, train, last = state["step"] if args.resume else -1, None, args.rounds * args.steps
 
     for step in tqdm(range(state["step"] + 1, last + 1), initial=state["step"], total=last):
         began = time.time()

@@ -167,6 +167,8 @@ def load_split(path, split, columns, flag="--data"):
     demand(
         split in names.split(", "), f"{path}: no split {split}, only {names}; see --split and --eval-split."
     )
+    is_empty = os.path.isfile(path) and os.path.getsize(path) == 0
+    demand(not is_empty, f"{flag} {path}: the file is empty.")
     kind = path.rsplit(".", 1)[-1].replace("jsonl", "json")
     source = {"path": kind, "data_files": path} if os.path.isfile(path) else {"path": path}
     try:
@@ -308,32 +310,34 @@ def environment():
 
 
 def open_run(args):
-    """The folder of a run, its newest checkpoint and the state in it: (Path, Path or None, dict with `step`).
+    """Begin or continue a run: its folder (Path), its state (a dict with `step`), model and tokenizer.
 
-    Without --resume the folder is new; an earlier run of that name is moved aside, never overwritten. With
-    it the lines of metrics.jsonl and samples.jsonl that came after the checkpoint are cut: they will be made
-    again.
+    Without --resume the folder is new; an earlier run of that name is moved aside, never overwritten, and
+    only when nothing can be wrong with the arguments any more. With --resume all comes from the newest
+    checkpoint, and the lines of metrics.jsonl and samples.jsonl that came after it are cut: they will be
+    made again.
     """
     for name, least in LEAST.items():
         given = getattr(args, name, least)
         demand(given >= least, f"--{name.replace('_', '-')} {given}: must be at least {least}.")
     demand(args.temperature > 0, f"--temperature {args.temperature}: must be above 0.")
-    out = Path(args.output_dir)
+    out, whole = Path(args.output_dir), checkpoints(args.output_dir)
     if not args.resume:
+        model, tokenizer = load_model(args.model)
         if (out / "metrics.jsonl").exists():
             out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
-        return out, None, {"step": 0}
-    whole = checkpoints(out)
+        return out, {"step": 0}, model, tokenizer
     demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
     state = torch.load(whole[-1] / "state.pt", weights_only=True)
-    changed = [k for k, was in state["args"].items() if k != "resume" and was != getattr(args, k)]
+    free = ("resume", "output_dir")  # a run's folder may have been moved
+    changed = [k for k, was in state["args"].items() if k not in free and was != getattr(args, k)]
     demand(not changed, f"--resume: {', '.join(changed)} differ from the first run; give the same arguments.")
     for file in (out / "metrics.jsonl", out / "samples.jsonl"):
         lines = file.read_text().split("\n")[:-1]  # a killed run may leave half a line at the end
         file.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= state["step"]))
-    return out, whole[-1], state
+    return out, state, *load_model(whole[-1])
 
 
 def log(out, metrics, samples=()):
