@@ -28,7 +28,6 @@ CELLS = {
     "sft, noisy demonstrations": ["sft.py", "--solution-key", "noisy_solution"],
     "prefix_rft, noisy demonstrations": ["prefix_rft.py", "--solution-key", "noisy_solution"],
 }
-EVALUATION = ["--eval-questions", "600"]  # all of the test split, 100 questions a level
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 
@@ -38,7 +37,7 @@ def run(cell, seed, folder):
     if (out / "final").exists():
         return
     script, *flags = CELLS[cell]
-    command = [sys.executable, script, *flags, *EVALUATION, "--seed", str(seed), "--output-dir", str(out)]
+    command = [sys.executable, script, *flags, "--seed", str(seed), "--output-dir", str(out)]
     if list(out.glob("checkpoint-" + "[0-9]" * 6)):
         command.append("--resume")
     with open(f"{out}.log", "a") as screen:
