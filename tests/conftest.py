@@ -41,10 +41,11 @@ def write_jsonl(path, rows):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Forty training and twelve held-out rows of the tiny world, in its folder layout."""
+    """Forty training and twelve held-out rows of the tiny world's easiest levels, in its folder layout."""
     folder = tmp_path_factory.mktemp("data")
     for split, n in (("train", 40), ("test", 12)):
-        write_jsonl(folder / f"{split}.jsonl", read_jsonl(ROOT / f"tiny/data/{split}.jsonl")[:n])
+        easy = [row for row in read_jsonl(ROOT / f"tiny/data/{split}.jsonl") if row["level"] in ("1", "2")]
+        write_jsonl(folder / f"{split}.jsonl", easy[:n])
     return str(folder)
 
 
@@ -54,7 +55,7 @@ def small(data):
 
     def flags(name, out, *more):
         base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --steps 4 --save-every 2"
-        base += " --batch-size 4 --max-new-tokens 32 --eval-questions 6 --eval-samples 2 --warmup-steps 0"
+        base += " --batch-size 4 --max-new-tokens 48 --eval-questions 6 --eval-samples 2 --warmup-steps 0"
         base += " --lr 5e-4" + (" --group-size 4" if name in ("grpo", "prefix_rft") else "")
         return [*base.split(), *map(str, more)]
 

@@ -1,0 +1,356 @@
+"""The scripts as users run them: files, seeds, kill and resume, own data, every flag, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, read_jsonl, same_metrics, same_weights, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common.tokenization as tok
+
+QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
+GROUPS = ["grpo", "prefix_rft"]
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_leaves_its_files(name, runs):
+    out, stdout = runs[name]
+    assert {path.name for path in out.iterdir()} == {
+        "args.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoint-000004",
+        "final",
+    }
+    lines = read_jsonl(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert "accuracy" in lines[0] and "accuracy" in lines[-1] and "pass@2" in lines[-1]
+    assert "accuracy" not in lines[1]
+    for line in lines:
+        assert all(v == v and abs(v) != float("inf") for v in line.values() if isinstance(v, float)), line
+    saved = json.loads((out / "args.json").read_text())
+    assert saved["seed"] == 0 and saved["versions"]["torch"] == torch.__version__ and "commit" in saved
+    assert "self-check: max |ratio - 1|" in stdout and "<|endoftext|>]" in stdout and "a step: 4" in stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_final_folder_is_an_ordinary_model(name, runs):
+    """It loads without this project, differs from the start model, and holds the weights of the last step."""
+    final = runs[name][0] / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert tokenizer.encode("Compute 1 + 1.") == AutoTokenizer.from_pretrained(ROOT / "tiny/model").encode(
+        "Compute 1 + 1."
+    )
+    assert model.dtype == torch.float32
+    same_weights(final, final.parent / "checkpoint-000004")
+    with pytest.raises(AssertionError):
+        same_weights(final, ROOT / "tiny/model")
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_samples_are_texts_with_their_verdicts(name, runs):
+    lines = read_jsonl(runs[name][0] / "samples.jsonl")
+    assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for line in lines:
+        assert isinstance(line["text"], str) and line["gold"] and line["question"]
+        assert line["reward"] in (0, 1) and isinstance(line["cut"], bool)
+        assert "<|endoftext|>" not in line["text"]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_one_update_a_step_has_ratio_one_and_clips_nothing(name, runs):
+    for line in read_jsonl(runs[name][0] / "metrics.jsonl")[1:]:
+        assert line["ratio_max"] == line["clip_frac"] == line["kl"] == 0
+
+
+def test_prefixes_are_beginnings_of_demonstrations(runs, data):
+    """The first completion of a group begins with its demonstration, word for word; the second is its own."""
+    rows = {row["question"]: row["solution"] for row in read_jsonl(f"{data}/train.jsonl")}
+    lines = read_jsonl(runs["prefix_rft"][0] / "samples.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+    for hybrid, own in zip(lines[::2], lines[1::2]):
+        assert hybrid["question"] == own["question"] and own["prefix_len"] == 0 < hybrid["prefix_len"]
+        ids = tok.encode_response(tokenizer, rows[hybrid["question"]])[: hybrid["prefix_len"]]
+        assert hybrid["text"].startswith(tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_learning_rate_in_the_log_is_the_one_of_the_step(name, run, tmp_path, monkeypatch):
+    """Warm-up from the first step on, never a step at 0, and the log says what the optimizer used."""
+    used, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args):
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    out = run(name, tmp_path / "run", "--warmup-steps", 2, "--max-new-tokens", 4, *QUICK)
+    assert [line["lr"] for line in read_jsonl(out / "metrics.jsonl")[1:]] == used
+    assert used == pytest.approx([5e-4 * w * d for w, d in ((0.5, 1), (1, 0.75), (1, 0.5), (1, 0.25))])
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_same_seed_same_bits(name, runs, run, tmp_path):
+    """A second run, in another process, has the same numbers and the same weights."""
+    again = run(name, tmp_path / "again")
+    same_metrics(again, runs[name][0])
+    same_weights(again / "final", runs[name][0] / "final")
+    assert read_jsonl(again / "samples.jsonl") == read_jsonl(runs[name][0] / "samples.jsonl")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_another_seed_is_another_run(name, runs, run, tmp_path):
+    other = run(name, tmp_path / "other", "--seed", 1, "--steps", 1, *QUICK)
+    losses = [read_jsonl(out / "metrics.jsonl")[1]["entropy"] for out in (other, runs[name][0])]
+    assert losses[0] != losses[1]
+
+
+# ---- kill and resume -------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_interrupted_run_resumes_to_the_same_bits(name, runs, run, tmp_path, monkeypatch):
+    """Stopped after the metrics of step 3, one step beyond the checkpoint: that step is made again, once."""
+    log, out = tok.log, tmp_path / "run"
+
+    def stop(folder, metrics, *samples):
+        log(folder, metrics, *samples)
+        if metrics["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(tok, "log", stop)
+    with pytest.raises(Killed):
+        run(name, out)
+    monkeypatch.setattr(tok, "log", log)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a killed run may have been in the middle of a line
+    run(name, out, "--resume")
+    same_metrics(out, runs[name][0])
+    same_weights(out / "final", runs[name][0] / "final")
+    assert read_jsonl(out / "samples.jsonl") == read_jsonl(runs[name][0] / "samples.jsonl")
+
+
+def test_kill_minus_nine_and_resume(spawn, runs, run, tmp_path):
+    """The process dies without a chance to tidy up, after its first checkpoint appeared."""
+    out = tmp_path / "run"
+    process = spawn("prefix_rft", out)
+    deadline = time.time() + 300
+    while not (out / "checkpoint-000002").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (out / "final").exists()
+    run("prefix_rft", out, "--resume")
+    same_metrics(out, runs["prefix_rft"][0])
+    same_weights(out / "final", runs["prefix_rft"][0] / "final")
+
+
+def test_resume_of_a_finished_run_changes_nothing(runs, small, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(runs["sft"][0], out)
+    state = torch.load(out / "checkpoint-000004/state.pt", weights_only=True)
+    state["args"]["output_dir"] = str(out)
+    torch.save(state, out / "checkpoint-000004/state.pt")
+    SCRIPTS["sft"].main(SCRIPTS["sft"].parse_args(small("sft", out, "--resume")))
+    assert (out / "metrics.jsonl").read_text() == (runs["sft"][0] / "metrics.jsonl").read_text()
+    same_weights(out / "final", runs["sft"][0] / "final")
+
+
+def test_an_earlier_run_is_moved_aside(run, tmp_path):
+    """Two runs of one name: nothing is overwritten, and nothing of the first gets into the second."""
+    out = run("sft", tmp_path / "run", "--steps", 1, *QUICK)
+    (out / "note").write_text("mine")
+    run("sft", out, "--steps", 1, *QUICK)
+    assert (tmp_path / "run.1/note").read_text() == "mine" and (tmp_path / "run.1/final").is_dir()
+    assert not (out / "note").exists() and len(read_jsonl(out / "metrics.jsonl")) == 2
+
+
+# ---- flags -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_steps_only_evaluate(name, run, tmp_path):
+    out = run(name, tmp_path / "run", "--steps", 0)
+    [line] = read_jsonl(out / "metrics.jsonl")
+    assert line["step"] == 0 and 0 <= line["accuracy"] <= 1 and line["levels"]
+    same_weights(out / "final", ROOT / "tiny/model")
+
+
+FLAGS = {
+    "kl and several updates": "--kl-coef 0.1 --epochs-per-batch 2 --minibatches 2 --overlong-tokens 40",
+    "resampling, overlong": "--skip-dead-groups 2 --overlong-tokens 20 --advantage grpo",
+    "sequence": "--loss-norm sequence --advantage grpo --schedule constant",
+    "token": "--loss-norm token --schedule cosine",
+    "bf16": "--dtype bf16 --temperature 0.8 --steps 1 --max-new-tokens 8",
+    "groups of 3": "--group-size 3 --batch-size 2 --minibatches 4 --sample-rows 4 --micro-batch-tokens 50",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_flags_of_grpo(flags, run, tmp_path):
+    """They run and nothing becomes NaN; prefix_rft.py without prefixes has the same bits, see equalities."""
+    out = run("grpo", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK)
+    lines = read_jsonl(out / "metrics.jsonl")[1:]
+    for line in lines:
+        assert all(v == v for v in line.values()), line
+        assert line["tokens_generated"] > 0 and line["tokens_trained"] >= 0 and line["kl"] >= 0
+        if "--kl-coef" in flags:
+            assert line["ratio_max"] > 0 and line["kl"] > 0
+    assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(out / "final").parameters())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--prefix-schedule full --prefix-loss all --prefix-weight luffy --clip-high 0.3",
+        "--prefix-schedule uniform --prefix-loss random --prefix-weight sft",
+        "--prefix-loss none --demo-fraction 0.5 --skip-dead-groups 1 --kl-coef 0.1",
+        "--prefix-loss bottom --prefix-entropy-keep 0.5 --epochs-per-batch 2 --max-new-tokens 8",
+    ],
+)
+def test_flags_of_prefix_rft(flags, run, tmp_path):
+    """The neighbours of the method; budgets shorter than the prefix; questions without demonstration."""
+    out = run("prefix_rft", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK)
+    lines = read_jsonl(out / "metrics.jsonl")[1:]
+    for line in lines:
+        assert all(v == v for v in line.values()), line
+        assert line["tokens_generated"] >= 0 and 0 <= line["prefix_frac"] <= 1
+    assert any(line["prefix_frac"] > 0 for line in lines)
+
+
+def test_evaluation_in_between(run, tmp_path):
+    out = run("sft", tmp_path / "run", "--eval-every", 2, *QUICK)
+    assert ["accuracy" in line for line in read_jsonl(out / "metrics.jsonl")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+# ---- other data, other models ----------------------------------------------------------------------------
+
+SUMS = [(i, i + 3) for i in range(2, 22)]
+GSM8K = [{"question": f"{a} plus {b}?", "answer": f"{a} and {b} are {a + b}.\n#### {a + b}"} for a, b in SUMS]
+MATH = [{"problem": f"${a}+{b}$?", "solution": f"It is $\\boxed{{{a + b}}}$.", "level": "1"} for a, b in SUMS]
+FORMATS = {
+    "gsm8k": (GSM8K, "--question-key question --solution-key answer"),
+    "math": (MATH, "--question-key problem --solution-key solution --answer-key answer"),
+}
+
+
+@pytest.mark.parametrize("name, kind", [("sft", "math"), ("grpo", "gsm8k"), ("prefix_rft", "math")])
+def test_a_jsonl_file_of_ones_own(name, kind, run, tmp_path, capsys):
+    """GSM8K's ####, MATH's boxed solution without an answer column; a tenth is held out where no test is."""
+    rows, keys = FORMATS[kind]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    out = run(
+        name, tmp_path / "run", "--data", path, *keys.split(), "--steps", 2, *QUICK, "--eval-questions", 9
+    )
+    printed = capsys.readouterr().out
+    assert "every tenth row" in printed and "2 questions, 2 with a gold answer that parses" in printed
+    assert name == "sft" or "18 questions, 18 with a gold answer that parses" in printed
+    held_out = {row.get("question", row.get("problem")) for row in rows[::10]}
+    for line in read_jsonl(out / "samples.jsonl"):
+        assert line["question"] not in held_out and line["gold"].isdigit()
+
+
+def test_golds_that_do_not_parse_are_dropped_and_counted(run, tmp_path, capsys):
+    """No answer, or one that nobody can find: such a question cannot be judged and is not trained on."""
+    bad = [{"question": "a?", "answer": None}, {"question": "b?", "answer": "\\boxed{"}]
+    path = write_jsonl(tmp_path / "own.jsonl", [*GSM8K[:5], *bad, *GSM8K[5:8]])
+    run("grpo", tmp_path / "run", "--data", path, "--steps", 1, *QUICK)
+    assert "9 questions, 7 with a gold answer that parses" in capsys.readouterr().out
+
+
+def test_a_model_whose_pad_is_eos(run, pad_is_eos, tmp_path):
+    """GPT-2's layout: no chat template, absolute positions, one token for pad and EOS."""
+    for name in SCRIPTS:
+        out = run(name, tmp_path / name, "--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK)
+        assert read_jsonl(out / "metrics.jsonl")[1]["response_len"] > 1
+
+
+def test_a_checkpoint_is_a_model_for_the_next_script(runs, run, tmp_path):
+    """SFT, then GRPO, then Prefix-RFT are three commands."""
+    first = run("grpo", tmp_path / "grpo", "--model", runs["sft"][0] / "final", "--steps", 1, *QUICK)
+    run("prefix_rft", tmp_path / "prefix_rft", "--model", first / "final", "--steps", 1, *QUICK)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------
+
+BAD = {
+    "--model nowhere/at-all": "--model nowhere/at-all",
+    "--data nowhere/at-all": "--data nowhere/at-all",
+    "--question-key questoin": "--question-key questoin: no such column",
+    "--solution-key solutoin": "--solution-key solutoin: no such column",
+    "--split trian": "no split trian",
+    "--eval-split tset": "no split tset",
+    "--data {empty}": "empty.jsonl",
+    "--data {broken}": "cannot be read",
+    "--data {blank} --eval-data {data}": "row 1: --question-key question holds no text",
+    "--data {golds}": "not one gold answer parses",
+    "--data README.txt": "README.txt",
+    "--resume": "--resume: there is no checkpoint",
+    "--temperature 0": "--temperature",
+    "--eval-questions 0": "--eval-questions",
+    "--batch-size 0": "--batch-size",
+    "--group-size 1 --advantage grpo": "--group-size",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"question": "a"\nnonsense\n')
+    write_jsonl(
+        folder / "blank.jsonl", [{"question": "a?", "answer": "1", "solution": "1"}] * 1 + [{"question": ""}]
+    )
+    write_jsonl(folder / "golds.jsonl", [{"question": "a?", "answer": ""}] * 12)
+    return {path.stem: str(path) for path in folder.iterdir()} | {"data": data}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_answered_by_one_sentence(flags, run, bad_files, tmp_path, capsys):
+    """Exit status 2 and one line on stderr that names the flag, file or row; no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        run("prefix_rft", tmp_path / "run", "--steps", 1, *flags.format(**bad_files).split())
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said.startswith("error: ") and BAD[flags] in said
+    assert len(said.splitlines()) == 1
+
+
+def test_bad_input_of_a_process(spawn, tmp_path):
+    process = spawn("sft", tmp_path / "run", "--question-key", "questoin")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in stderr
+    assert "--question-key questoin: no such column" in stderr
+
+
+@pytest.mark.xfail(reason="main() has to read data before it calls open_run", strict=True)
+def test_bad_input_leaves_an_earlier_run_where_it_is(run, tmp_path):
+    out = run("sft", tmp_path / "run", "--steps", 1, *QUICK)
+    with pytest.raises(SystemExit):
+        run("sft", out, "--question-key", "questoin")
+    assert (out / "final").is_dir(), "the good run was moved aside for a run that never began"
+
+
+def test_other_arguments_do_not_resume(run, runs):
+    with pytest.raises(SystemExit, match="lr differ"):
+        run("sft", runs["sft"][0], "--resume", "--lr", 1e-5)
