@@ -108,7 +108,8 @@ REWRITES = [
         (r"(?<!\\)(?:\$|\\[()\[\]])", " "),  # the signs around mathematics
         (r"\+/-", r"\\pm "),
         (r"\*\*", "^"),
-        (r"(?<=[0-9])\s*([apAP])\.?\s?[mM]\b\.?", r"\\text{\1m}"),
+        (r"(?<=[0-9])\s*[aA]\.?\s?[mM]\b\.?", " am"),
+        (r"(?<=[0-9])\s*[pP]\.?\s?[mM]\b\.?", " pm"),
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
         (r"-\s*\\\$", r"\\$-"),
@@ -186,7 +187,7 @@ def _text_tokens(content: str, roman: bool) -> list[str]:
     """What a \\text{...} holds: words, separators, or mathematics that happens to stand in a text box."""
     if content in FUNCTIONS or (roman and content in ("e", "i")):
         return _word_tokens(content)
-    if re.search("[0-9]", content) and not re.search("[A-Za-z]{2}", content):
+    if re.search("[0-9]", content) and not re.match(r".*[A-Za-z]{2}.*[0-9]", content):
         return _tokens(content)  # \textbf{42}
     words = re.findall(r"[^\W_]+|[,;/^%°]", content.lower().replace(".", ""))
     return ["," if word in ("and", "or", ",", ";") else ALIASES.get(word, '"' + word) for word in words]
@@ -264,6 +265,8 @@ def _binomial(n, k):
 
 
 def _factorial(n):
+    if n.free_symbols:
+        return sp.factorial(n, evaluate=False)
     _require(n.is_Integer and 0 <= n.p <= 2100)
     return Integer(math.factorial(n.p))
 
@@ -437,16 +440,20 @@ def _number(token: str):
 
 
 def _magnitude(e) -> float:
-    """A bound on |log2 |e||, letters being at most 4; what sympy should not evaluate is refused here."""
+    """A bound on |log2 |e||, letters being at most 4; what should not be evaluated is refused here."""
     if e.is_Rational or not e.args:
         return max(e.p.bit_length(), e.q.bit_length()) if e.is_Rational else 2
     sizes = [_magnitude(a) for a in e.args]
-    if e.is_Pow or isinstance(e, exp):
-        _require(sizes[-1] <= (32 if e.is_Pow and e.exp.is_Integer else 1000))  # no towers of powers
-        base = sizes[0] + 500 * e.base.is_Add if e.is_Pow else 2  # 500: a sum may be close to zero
-        return base * (abs(float(e.exp)) if e.exp.is_Rational else 2.0 ** sizes[-1]) + 1
-    _require(e.is_Add or e.is_Mul or sizes[0] <= 1000)
-    return sum(sizes) + 1
+    if e.is_Pow:
+        _require(sizes[1] <= (32 if e.exp.is_Integer else 1000))  # no towers of powers
+        base = sizes[0] + 500 * e.base.is_Add  # a sum may be close to zero
+        return base * (abs(float(e.exp)) if e.exp.is_Rational else 2.0 ** sizes[1]) + 1
+    if e.is_Add or e.is_Mul:
+        return sum(sizes) + 1
+    _require(sizes[0] <= (16 if e.func is sp.factorial else 1000))
+    if e.func in (exp, sp.sinh, sp.cosh, sp.factorial):
+        return 20 * 2.0 ** sizes[0]
+    return sizes[0] + (500 if e.func is sp.tan else 1)  # a tangent may be close to a pole
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------
@@ -694,6 +701,7 @@ NUMERIC |= {
     sp.floor: "floor",
     sp.ceiling: "ceil",
 }
+NUMERIC[sp.factorial] = "factorial"
 NUMERIC = {function: getattr(libmp, "mpc_" + name) for function, name in NUMERIC.items()}
 CONSTANTS = {I: (libmp.fzero, libmp.fone), E: (libmp.mpf_e(PRECISION), libmp.fzero)}
 CONSTANTS[pi] = (libmp.mpf_pi(PRECISION), libmp.fzero)

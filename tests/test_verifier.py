@@ -236,6 +236,8 @@ HUGE = {
     "megabyte of spaces": " " * 1_000_000 + "x",
     "sine": r"\sin(10^{9000})",
     "floor": r"\lfloor 10^{9000} \pi \rfloor",
+    "sine of a large cosine": r"\sin(\cosh(10^{9}))",
+    "symbolic factorial": "((x!)!)!",
     "list": ",".join(rf"\sqrt{{{i}}}" for i in range(80)),
     "union": r"\cup".join(["[0,1]"] * 60),
     "sum": "1+" * 500 + "1",
