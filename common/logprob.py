@@ -268,6 +268,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 dh = _add_product(dh, dz, w)  # [n, D]
             if dw is not None:
                 _write_product(dw[v : v + C], dz.T, h, w)  # [c, D]  once; else w is a copy
+            del w  # if it is an fp32 copy, it goes before the next one comes
         if dh is not None and rows is not None:
             dh = dh.new_zeros(ctx.shape).index_copy_(0, rows, dh)  # [N, D]
         return None if dh is None else dh.to(weight.dtype), dw, None, None, None
