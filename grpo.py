@@ -37,7 +37,7 @@ def parse_args(argv=None):
     # run
     add("--output-dir", default="runs/grpo", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=200, help="batches to train on; 0 only evaluates")
+    add("--steps", type=int, default=100, help="batches to train on; 0 only evaluates")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
     # model

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     # run
     add("--output-dir", default="runs/prefix_rft", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=200, help="batches to train on; 0 only evaluates")
+    add("--steps", type=int, default=100, help="batches to train on; 0 only evaluates")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
     # model
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--skip-dead-groups", type=int, default=0, help="DAPO: N rounds of resampling groups with A = 0")
     add("--overlong-tokens", type=int, default=0, help="DAPO: soft penalty on the budget's last N tokens")
     add("--prefix-schedule", choices=["cosine", "uniform", "full", "none"], default="cosine", help="of l")
-    add("--prefix-decay-steps", type=int, default=200, help="steps in which the lower end of l falls")
+    add("--prefix-decay-steps", type=int, default=100, help="steps in which the lower end of l falls")
     add("--prefix-loss", choices=["keep", "all", "none", "random", "bottom"], default="keep", help="of its A")
     add("--prefix-entropy-keep", type=float, default=0.2, help="share of the prefix tokens that keep it")
     add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="r A, LUFFY's or 1")
