@@ -127,7 +127,7 @@ def test_nothing_right_is_an_error(tiny, monkeypatch):
 @pytest.fixture(scope="module")
 def train(small):
     def go(out, *more):
-        base = ("--k", 4, "--questions", 16, "--steps", 3, "--rounds", 2)
+        base = ("--k", 4, "--questions", 16, "--steps", 3, "--rounds", 2, "--warmup-steps", 2)
         rft.main(rft.parse_args(small("rft_rejection", out, *base, *more)))
         return out
 
@@ -142,7 +142,9 @@ def whole(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("sft") / "run"
-    sft.main(sft.parse_args(small("sft", out, "--steps", 11, "--save-every", 0)))  # more than an epoch of 40
+    sft.main(
+        sft.parse_args(small("sft", out, "--steps", 11, "--save-every", 0, "--warmup-steps", 2))
+    )  # more than an epoch of 40
     return out
 
 
@@ -184,19 +186,19 @@ def test_a_run(whole):
         assert all(s["reward"] and s["ended"] for s in mine if s["kept"])
         assert line["tokens_generated"] == sum(s["tokens"] for s in mine)
     lr = [x["lr"] for x in lines if "loss" in x]
-    assert lr[:3] == lr[3:] and lr[0] > lr[2]  # each round has a schedule of its own
+    assert lr[:3] == lr[3:] and lr[0] < lr[1] > lr[2]  # each round has a schedule of its own
 
 
 class Killed(Exception):
     pass
 
 
-def interrupt(train, out, at, monkeypatch, *more):
-    """A run that dies just before it logs step `at`."""
+def interrupt(train, out, at, monkeypatch, *more, key="loss"):
+    """A run that dies just before it logs step `at` (or the samples of a round that begins there)."""
     log_line = tok.log
 
     def dies(out, metrics, samples=()):
-        if metrics["step"] == at and "loss" in metrics:
+        if metrics["step"] == at and key in metrics:
             raise Killed
         log_line(out, metrics, samples)
 
@@ -217,6 +219,28 @@ def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, a
     assert (whole / "samples.jsonl").read_text() == (tmp_path / "run" / "samples.jsonl").read_text()
 
 
+def test_a_run_that_dies_while_it_samples_its_second_round_samples_it_again(train, tmp_path, monkeypatch):
+    """At a round's end there is a checkpoint only when the next round's samples are written."""
+    flags = ("--save-every", 1, "--restart", "continue")
+    whole = train(tmp_path / "whole", *flags)
+    interrupt(train, tmp_path / "run", 3, monkeypatch, *flags, key="kept")
+    train(tmp_path / "run", *flags, "--resume")
+    same_metrics(whole, tmp_path / "run")
+    same_weights(whole / "final", tmp_path / "run" / "final")
+
+
+def test_each_round_trains_on_its_own_kept_samples(train, tmp_path, monkeypatch):
+    trained, encode = [], tok.encode_response
+    monkeypatch.setattr(tok, "encode_response", lambda t, text: trained.append(text) or encode(t, text))
+    run = train(tmp_path / "run", "--batch-size", 16, "--steps", 3)
+    samples = read_jsonl(run / "samples.jsonl")
+    for begin in (0, 3):
+        mine = [s["solution"] for s in samples if s["step"] == begin and s["kept"]]
+        seen, trained = trained[: 3 * 16], trained[3 * 16 :]
+        assert set(seen) <= set(mine) and len(mine) < 3 * 16  # more than an epoch: all of them
+        assert set(mine) <= set(seen)
+
+
 @pytest.mark.parametrize("restart", ["base", "continue"])
 def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch):
     run = tmp_path / "run"
@@ -228,7 +252,7 @@ def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch
 
 
 def test_another_model_can_be_the_base(train, pad_is_eos, tmp_path, monkeypatch):
-    """RFT as published samples from one model and trains another; here one of another kind, which must fail."""
+    """RFT as published samples from one model and trains another; here of another kind: it fails."""
     with pytest.raises(RuntimeError, match="state_dict"):
         train(tmp_path / "run", "--base", pad_is_eos)
 
