@@ -81,7 +81,7 @@ def blocks(bm=16, bn=16, span=2, block=200, chunk=None):
 # --------------------------------------------------------------------------------------- values and gradients
 
 
-@settings(max_examples=15 if TRITON else 120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10 if TRITON else 120, deadline=None, derandomize=True, database=None)
 @given(
     n=st.integers(1, 40),
     d=st.integers(1, 100),
