@@ -22,7 +22,7 @@ FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
         ("7 + 4 = 11. 11 * 2 = 22.", "11 * 2 = 22. 7 + 4 = 11.", False),  # the order is part of it
         ("7 + 4 = 11. \\boxed{11}", "4 + 7 = 11. \\boxed{11}", False),
         ("We get 3.5 = 7 / 2.", "Then 3.5 = 7/2", True),
-        ("so 3.5 = x", "so 3.6 = x", False),  # a decimal point ends no sentence
+        ("so 3.5 = x", "so 2.5 = x", False),  # a decimal point ends no sentence
         ("$\\frac{1}{2} = x$", "Hence \\frac{1}{2}=x", True),
         ("$\\frac{1}{2} = x$", "$\\sqrt{1}{2} = x$", False),  # LaTeX is not prose
         ("7  11 \\boxed{11}\n", "7 11 \\boxed{11}", True),  # no equation: the text, whitespace aside
