@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.verifier import check_gold, extract_answer, math_reward
+from common.verifier import check_gold, evaluation, extract_answer, math_reward
 
 
 # ---- arguments -------------------------------------------------------------------------------------------
@@ -185,11 +185,12 @@ def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level where the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    right = []  # verdicts: the greedy answer to every question, then n rounds of samples
+    texts, golds = [], list(rows["gold"]) * (1 + args.eval_samples)
     for temperature, copies in ((0.0, 1), (1.0, args.eval_samples)):  # greedy hides reliability
         responses, _ = sample(model, tokenizer, prompts * copies, temperature, args)
-        right += math_reward(tok.decode_responses(tokenizer, responses), list(rows["gold"]) * copies)
-    return tok.pass_at_k(right, rows["level"] if "level" in rows.column_names else [None] * len(rows))
+        texts += tok.decode_responses(tokenizer, responses)
+    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
+    return evaluation(texts, math_reward(texts, golds), levels)
 
 
 def self_check(model, tokenizer, rows, args):
@@ -219,7 +220,7 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            tok.log(out, {"step": 0} | evaluate(model, tokenizer, test, args))
+            tok.log(out, state | evaluate(model, tokenizer, test, args))
     size, updates = args.batch_size * args.group_size, args.epochs_per_batch * args.minibatches
     print(
         f"a step: {args.batch_size} questions x {args.group_size} = {size:,} completions, {updates} updates"

@@ -205,6 +205,7 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
         print(f"{path} has no split test: every tenth row of {args.split} is held out and not trained on")
         test = train.select(range(0, len(train), 10))
         train = train.select([i for i in range(len(train)) if i % 10])
+    args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
     if not demonstrations:
         train = with_gold(train, args, extract_answer, check_gold)
     test = with_gold(test, args, extract_answer, check_gold)
@@ -226,28 +227,9 @@ def with_gold(rows, args, extract_answer, check_gold):
     parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
     demand(parsed, f"--answer-key {key}: not one gold answer parses.")
+    args.unparseable_gold += len(rows) - len(parsed)
     rows = rows.remove_columns(["gold"] if "gold" in rows.column_names else [])
     return rows.add_column("gold", golds).select(parsed)
-
-
-def pass_at_k(right, levels):
-    """TEMPORARY ROOM, moves to verifier.py. Accuracy and pass@k, overall and by level.
-
-    right: 1 + n verdicts per question, the greedy answers of all questions first, then n rounds of samples.
-    pass@k = 1 - C(n - c, k) / C(n, k), unbiased for c right among n samples (Chen et al., 2107.03374).
-    """
-    from math import comb
-
-    levels, scores = [level if level is None else str(level) for level in levels], {}
-    size = len(levels)
-    n = len(right) // size - 1
-    for level in [None, *sorted(set(levels) - {None})]:
-        ids = [i for i in range(size) if level is None or levels[i] == level]
-        scores[level] = {"accuracy": sum(right[i] for i in ids) / len(ids)}
-        for k in (2**j for j in range(n.bit_length())):
-            missed = [comb(n - int(sum(right[i + size :: size])), k) / comb(n, k) for i in ids]
-            scores[level][f"pass@{k}"] = 1 - sum(missed) / len(ids)
-    return scores.pop(None) | {"levels": scores}
 
 
 # ---- model folders and run folders -----------------------------------------------------------------------
@@ -328,7 +310,7 @@ def open_run(args):
             out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
-        return out, {"step": 0}, model, tokenizer
+        return out, {"step": 0, "unparseable_gold": args.unparseable_gold}, model, tokenizer
     demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
     state = torch.load(whole[-1] / "state.pt", weights_only=True)
     free = ("resume", "output_dir")  # a run's folder may have been moved

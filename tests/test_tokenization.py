@@ -181,16 +181,3 @@ def test_split_by_tokens_makes_few_micro_batches():
     assert [len(tok.split_by_tokens(mask, range(8), budget)) for budget in (9, 40, 80)] == [8, 2, 1]
     _, mask = tok.join([[1]] * 4, [[2] * 9, [2] * 99, [2] * 9, [2] * 99])
     assert tok.split_by_tokens(mask, range(4), 200) == [([1, 3], 100), ([0, 2], 10)]  # like lengths together
-
-
-# ---- data sets -------------------------------------------------------------------------------------------
-
-
-def test_pass_at_k_is_unbiased():
-    """1 - C(n-c, k) / C(n, k): with 1 of 4 right, pass@2 is 1/2; greedy verdicts are not samples."""
-    greedy, rounds = [1, 0], [[1, 0], [0, 0], [0, 0], [0, 1]]  # question 0: 1 of 4, question 1: 1 of 4
-    scores = tok.pass_at_k(greedy + sum(rounds, []), ["easy", "hard"])
-    assert scores["accuracy"] == 0.5 and scores["levels"]["easy"]["accuracy"] == 1
-    for part in (scores, scores["levels"]["easy"], scores["levels"]["hard"]):
-        assert (part["pass@1"], part["pass@2"], part["pass@4"]) == pytest.approx((0.25, 0.5, 1.0))
-    assert tok.pass_at_k([1, 0, 0], [None] * 3) == {"accuracy": 1 / 3, "levels": {}}
