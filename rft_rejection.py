@@ -157,7 +157,8 @@ def harvest(model, tokenizer, rows, args):
     tok.demand(kept, "--k: not one sample of any question is right; raise it, or begin with sft.py.")
     metrics = {"reward": reward, "kept": kept, "unsolved": len(failed) / len(rows)}
     metrics |= {"tokens_generated": sum(s["tokens"] for samples in done for s in samples)}
-    return metrics | {"paths": paths / len(rows)}, found
+    metrics |= {"paths": paths / len(rows)}
+    return metrics, found
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------
