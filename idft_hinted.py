@@ -259,7 +259,8 @@ def main(args):
             )
             if args.hinted == "on":
                 train = tok.with_gold(train, args, extract_answer, check_gold)
-                tok.log(out, *own_words(model, tokenizer, train, args))
+                # as many questions as the steps have rows
+                tok.log(out, *own_words(model, tokenizer, train[: args.steps * args.batch_size], args))
     if args.hinted == "on":  # what the file says is what is trained
         train = tok.load_split(str(out / "samples.jsonl"), "train", {}).filter(bool, input_columns="kept")
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows

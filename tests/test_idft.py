@@ -329,8 +329,8 @@ def test_a_run(whole):
     evaluated, made, *lines = read_jsonl(whole / "metrics.jsonl")
     samples = read_jsonl(whole / "samples.jsonl")
     kinds = [s["kind"] for s in samples]
-    assert kinds.count("demo") == kinds.count("own") == 40
-    assert kinds.count("hinted") == round(40 * (1 - made["verified_own"]))
+    assert kinds.count("demo") == kinds.count("own") == 16  # 4 steps x 4 rows
+    assert kinds.count("hinted") == round(16 * (1 - made["verified_own"]))
     assert made["verified_demo"] == 1 and made["verified_hinted"] > 0.5
     assert made["phi_hinted"] > made["phi_demo"]  # the rewrites are nearer to the model's own words
     assert not any(s["kept"] for s in samples if s["kind"] == "demo")
