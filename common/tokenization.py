@@ -234,16 +234,9 @@ def with_gold(rows, args, extract_answer, check_gold):
 
 # ---- model folders and run folders -----------------------------------------------------------------------
 
-LEAST = dict.fromkeys(
-    ("batch_size", "micro_batch_tokens", "max_new_tokens", "sample_rows", "eval_questions"), 1
-)
-LEAST |= {
-    "group_size": 2,
-    "epochs_per_batch": 1,
-    "minibatches": 1,
-    "prefix_decay_steps": 1,
-    "max_demo_tokens": 1,
-}
+LEAST = {"group_size": 2}  # what a number must be at least, where it is a flag of the script; else 1:
+LEAST |= dict.fromkeys("batch_size micro_batch_tokens max_new_tokens sample_rows eval_questions".split(), 1)
+LEAST |= dict.fromkeys("epochs_per_batch minibatches prefix_decay_steps max_demo_tokens rounds".split(), 1)
 
 
 def load_model(source):
