@@ -52,9 +52,8 @@ def read(cell, seed, folder):
     if not (out / "final").exists():
         return None
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    first, last = lines[0], lines[-1]
-    seconds = sum(line.get("seconds_sample", 0) + line.get("seconds_train", 0) for line in lines)
-    return {"before": first, "after": last, "minutes": seconds / 60, "peak": last["peak_memory"] / 2**20}
+    cost = {key: sum(line.get(key, 0) for line in lines) for key in ("tokens_generated", "tokens_trained")}
+    return {"before": lines[0], "after": lines[-1], "peak": lines[-1]["peak_memory"] / 2**20} | cost
 
 
 def interval(values):
@@ -73,13 +72,17 @@ def table(cells, seeds, folder):
         if not rows:
             before = done[0]["before"]
             by_level = [f"{before['levels'][level]['pass@1']:.2f}" for level in levels]
-            rows.append(["base", f"{before['accuracy']:.3f}", f"{before['pass@1']:.3f}", *by_level, "", ""])
+            rows.append(
+                ["base", f"{before['accuracy']:.3f}", f"{before['pass@1']:.3f}", *by_level, "", "", ""]
+            )
         after = [x["after"] for x in done]
         by_level = [f"{mean(x['levels'][level]['pass@1'] for x in after):.2f}" for level in levels]
-        cost = [f"{mean(x['minutes'] for x in done):.1f}", f"{max(x['peak'] for x in done):.0f}"]
+        cost = [f"{mean(x[f'tokens_{key}'] for x in done) / 1000:.0f}k" for key in ("generated", "trained")]
+        cost.append(f"{max(x['peak'] for x in done):.0f}")
         scores = [interval([x[key] for x in after]) for key in ("accuracy", "pass@1")]
         rows.append([f"{cell} ({len(done)} seeds)", *scores, *by_level, *cost])
-    head = ["", "greedy accuracy", "pass@1", *(f"L{level}" for level in levels), "minutes", "peak MiB"]
+    head = ["", "greedy accuracy", "pass@1", *(f"L{level}" for level in levels)]
+    head += ["tokens generated", "tokens trained", "peak MiB"]
     for row in [head, ["---"] * len(head), *rows]:
         print("| " + " | ".join(row) + " |")
 
