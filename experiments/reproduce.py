@@ -77,10 +77,12 @@ def table(cells, seeds, folder):
             )
         after = [x["after"] for x in done]
         by_level = [f"{mean(x['levels'][level]['pass@1'] for x in after):.2f}" for level in levels]
-        cost = [f"{mean(x[f'tokens_{key}'] for x in done) / 1000:.0f}k" for key in ("generated", "trained")]
+        tokens = [mean(x[f"tokens_{key}"] for x in done) for key in ("generated", "trained")]
+        cost = [f"{n / 1000:.0f}k" if n else "0" for n in tokens]
         cost.append(f"{max(x['peak'] for x in done):.0f}")
         scores = [interval([x[key] for x in after]) for key in ("accuracy", "pass@1")]
-        rows.append([f"{cell} ({len(done)} seeds)", *scores, *by_level, *cost])
+        name = cell if len(done) == len(seeds) else f"{cell} ({len(done)} of {len(seeds)} seeds)"
+        rows.append([name, *scores, *by_level, *cost])
     head = ["", "greedy accuracy", "pass@1", *(f"L{level}" for level in levels)]
     head += ["tokens generated", "tokens trained", "peak MiB"]
     for row in [head, ["---"] * len(head), *rows]:
