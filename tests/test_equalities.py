@@ -136,7 +136,7 @@ def test_dead_rows_skipped_or_not(run, tmp_path, float64, monkeypatch):
     """Rows without advantage are not run through the model, and stay in Z: the weights are the same."""
     more = [*DENSE, "--steps", 3, "--loss-norm", "token", *QUICK]
     a = run("grpo", tmp_path / "skipped", *more)
-    split, join, whole = tok.split_by_tokens, tok.join, []
+    split, join, inverse_z, whole = tok.split_by_tokens, tok.join, grpo.inverse_z, []
 
     def remember(*args):
         whole[:] = [join(*args)]
@@ -144,6 +144,7 @@ def test_dead_rows_skipped_or_not(run, tmp_path, float64, monkeypatch):
 
     monkeypatch.setattr(tok, "join", remember)
     monkeypatch.setattr(tok, "split_by_tokens", lambda mask, rows, n: split(whole[0][1], rows, n))
+    monkeypatch.setattr(grpo, "inverse_z", lambda mask, *how: inverse_z(whole[0][1], *how))  # all rows
     b = run("grpo", tmp_path / "all", *more)
     same_weights(a / "final", b / "final", 1e-9)
     a, b = (read_jsonl(folder / "metrics.jsonl")[1:] for folder in (a, b))
