@@ -187,6 +187,19 @@ def test_rewards_are_one_or_zero_and_lengths_must_match():
         math_reward(["4"], ["4", "5"])
 
 
+def test_evaluation_is_unbiased_and_counts():
+    """1 - C(n-c, k) / C(n, k): with 1 of 4 right, pass@2 is 1/2; greedy verdicts are not samples."""
+    right = [1.0, 0.0] + [1.0, 0.0] + [0.0] * 4 + [0.0, 1.0]  # two questions: greedy, then four rounds
+    texts = ["\\boxed{1}"] * 8 + ["\\boxed{", "\\boxed{1}"]  # the last box but one is no answer
+    scores = evaluation(texts, right, ["easy", "hard"])
+    assert scores["accuracy"] == 0.5 and scores["levels"]["easy"]["accuracy"] == 1
+    for part in (scores, scores["levels"]["easy"], scores["levels"]["hard"]):
+        assert (part["pass@1"], part["pass@2"], part["pass@4"]) == pytest.approx((0.25, 0.5, 1.0))
+    assert (scores["right"], scores["wrong"], scores["no_answer"]) == (3, 6, 1)
+    without = evaluation(["\\boxed{1}"] * 3, [1.0, 0.0, 0.0], [None] * 3)
+    assert without == {"accuracy": 1 / 3, "right": 1, "wrong": 2, "no_answer": 0, "levels": {}}
+
+
 @pytest.mark.parametrize(
     "gold", ["", "?", r"\frac{1}{0}", "{", "}", r"\begin{pmatrix}1", "9^{9^{9^9}}", r"\foo{1}"]
 )
@@ -449,16 +462,3 @@ def test_no_exception_on_any_text(text):
 @pytest.mark.parametrize("bad", [None, 5, b"5", ["5"]])
 def test_other_types_are_wrong(bad):
     assert not verify(bad, "5") and not equivalent(bad, "5") and not verify("5", bad) and not check_gold(bad)
-
-
-def test_evaluation_is_unbiased_and_counts():
-    """1 - C(n-c, k) / C(n, k): with 1 of 4 right, pass@2 is 1/2; greedy verdicts are not samples."""
-    right = [1.0, 0.0] + [1.0, 0.0] + [0.0] * 4 + [0.0, 1.0]  # two questions: greedy, then four rounds
-    texts = ["\\boxed{1}"] * 8 + ["\\boxed{", "\\boxed{1}"]  # the last box but one is no answer
-    scores = evaluation(texts, right, ["easy", "hard"])
-    assert scores["accuracy"] == 0.5 and scores["levels"]["easy"]["accuracy"] == 1
-    for part in (scores, scores["levels"]["easy"], scores["levels"]["hard"]):
-        assert (part["pass@1"], part["pass@2"], part["pass@4"]) == pytest.approx((0.25, 0.5, 1.0))
-    assert (scores["right"], scores["wrong"], scores["no_answer"]) == (3, 6, 1)
-    without = evaluation(["\\boxed{1}"] * 3, [1.0, 0.0, 0.0], [None] * 3)
-    assert without == {"accuracy": 1 / 3, "right": 1, "wrong": 2, "no_answer": 0, "levels": {}}
