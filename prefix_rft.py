@@ -243,7 +243,8 @@ def self_check(model, tokenizer, rows, args):
 def main(args):
     torch.manual_seed(args.seed)
     train, test = tok.load_splits(args, extract_answer, check_gold)
-    tok.demand(args.solution_key in train.column_names, f"--solution-key {args.solution_key}: no column.")
+    known = args.prefix_schedule == "none" or args.solution_key in train.column_names
+    tok.demand(known, f"--solution-key {args.solution_key}: no such column of {args.data}.")
     out, state, model, tokenizer = tok.open_run(args)
     reference = tok.load_model(args.model)[0] if args.kl_coef else None  # pi_ref, frozen
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows

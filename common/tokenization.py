@@ -131,7 +131,7 @@ def split_by_tokens(response_mask, rows, max_tokens):
     divides by a normaliser of the whole optimizer batch, so how the batch is cut changes no gradient.
     """
     index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
-    end = [int((mask * index).max()) for mask in response_mask]  # of each row: last response token + 1
+    end = (response_mask * index).amax(1).tolist()  # of each row: last response token + 1
     micro_batches, width = [], 0
     for i in sorted((i for i in rows if end[i]), key=lambda i: -end[i]):
         if not micro_batches or width * (len(micro_batches[-1]) + 1) > max_tokens:
