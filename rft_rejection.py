@@ -26,7 +26,6 @@ from math import cos, pi
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import DynamicCache
 
 import common.tokenization as tok
@@ -46,6 +45,7 @@ def parse_args(argv=None):
     # model
     add("--model", default="tiny/model", help="hub name or folder")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
     # data
     add("--data", default="tiny/data", help="hub name, folder, or .jsonl, .json, .csv, .parquet file")
     add("--split", default="train", help="rows to train on")
@@ -89,35 +89,34 @@ def sample(model, tokenizer, prompts, temperature, args):
     """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps = torch.zeros(len(prompts), args.max_new_tokens)
+    logps, dice = torch.zeros(len(prompts), args.max_new_tokens), tok.dice(model.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-    for rows in torch.tensor(order).split(args.sample_rows) if prompts else ():
+    for rows in tok.share(order, args.sample_rows):
         distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
-        copies = torch.tensor(
-            [distinct.index(tuple(prompts[i])) for i in rows], device=model.device
-        )  # [rows]
+        copies = [distinct.index(tuple(prompts[i])) for i in rows]
         token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
         position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
         cache = DynamicCache(config=model.config)
         for t in range(args.max_new_tokens):
             inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
             logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
-            if t == 0:  # from a row per distinct prompt to a row per response
-                cache.batch_select_indices(copies)
-                logits, mask, position = logits[copies], mask[copies], position[copies, -1:]
-            logp = (logits / (temperature or 1.0)).log_softmax(
-                -1
-            )  # no top-p, no penalty: as `logprobs` scores
-            token = torch.multinomial(logp.exp(), 1) if temperature else logp.argmax(-1, True)  # [rows, 1]
+            if t == 0:  # from a row per distinct prompt to a row per response, all of them alive
+                cache.batch_select_indices(keep := torch.tensor(copies, device=model.device))
+                logits, mask, position, alive = logits[keep], mask[keep], position[keep, -1:], keep >= 0
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # no top-p: exactly what `logprobs` scores
+            token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
             ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            alive = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
-            if len(alive) == 0:
+            alive = alive & ~torch.isin(token[:, 0], stops)
+            if not (left := alive.sum()):
                 break
-            if len(alive) < len(rows):  # finished rows leave: a batch costs its mean length, not its longest
-                cache.batch_select_indices(alive)
-                rows, token, mask, position = rows[alive.cpu()], token[alive], mask[alive], position[alive]
+            if left < 0.8 * len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+                cache.batch_select_indices(keep := alive.nonzero()[:, 0])
+                rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
+                alive = alive[keep]
             mask, position = F.pad(mask, (0, 1), value=1), position + 1  # the new token is seen by the next
-    return [x[x >= 0].tolist() for x in ids], [lp[x >= 0].tolist() for x, lp in zip(ids, logps)]
+    ids, logps = tok.reduce(ids, "MAX"), tok.reduce(logps)  # every rank has all responses
+    ids = [tok.cut(x[x >= 0].tolist(), stops.tolist(), args.max_new_tokens) for x in ids]
+    return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
 
 
 def attempt(model, tokenizer, rows, template, args):
@@ -174,11 +173,11 @@ def logprobs(model, tokens, response_mask, temperature):
 @torch.no_grad()
 def score(model, tokens, response_mask, args):
     """`logprobs` of a whole batch [N, T], micro-batch by micro-batch and without gradient."""
-    logp, entropy = torch.zeros(2, *tokens.shape, device=tokens.device)
+    both = torch.zeros(2, *tokens.shape, dtype=model.dtype, device=model.device)  # logp, entropy
     for rows, width in tok.split_by_tokens(response_mask, range(len(tokens)), args.micro_batch_tokens):
         micro = tokens[rows, :width], response_mask[rows, :width]
-        logp[rows, :width], entropy[rows, :width] = logprobs(model, *micro, args.temperature)
-    return logp, entropy
+        both[:, rows, :width] = torch.stack(logprobs(model, *micro, args.temperature))
+    return tok.reduce(both)
 
 
 # ---- the method ------------------------------------------------------------------------------------------
@@ -226,18 +225,19 @@ def main(args):
     out, state, model, tokenizer = tok.open_run(args)
     asked = tok.with_gold(asked, args, extract_answer, check_gold) if args.add_gold else asked
     asked = asked.select(range(min(args.questions or len(asked), len(asked))))
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
+    optimizer = tok.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            tok.log(out, state | evaluate(model, tokenizer, test, args))
+            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
+            tok.log(out, metrics | evaluate(model, tokenizer, test, args))
     print(f"a round: {args.k} samples of {len(asked):,} questions, {args.steps} x {args.batch_size} kept")
-    sampled, train, last = state["step"] if args.resume else -1, None, args.rounds * args.steps
+    train, last = None, args.rounds * args.steps
 
-    for step in tqdm(range(state["step"] + 1, last + 1), initial=state["step"], total=last):
+    for step in tok.steps(state, last):
         began = time.time()
         torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
         begin = (step - 1) // args.steps * args.steps  # the steps of earlier rounds
@@ -246,18 +246,19 @@ def main(args):
         decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, nth / max(1, args.warmup_steps)) * decay
 
-        # sample, verify, keep; a checkpoint at a round's begin comes after that: no round is sampled twice
-        if nth == 1 and begin > sampled:
+        # sample, verify, keep; and a checkpoint, so that no round is sampled twice
+        if state.get("sampled", -1) < begin:
             with autocast:
                 metrics, found = harvest(model, tokenizer, asked, args)
             tok.log(out, {"step": begin} | metrics | {"seconds_sample": time.time() - began}, found)
+            state["sampled"] = begin
             if (
                 args.restart == "base"
             ):  # the samples get better, the model that learns from them is the old one
                 model.load_state_dict(tok.load_model(args.base or args.model)[0].state_dict())
-                optimizer.state.clear()
-            state = {"step": begin, "args": vars(args), "optimizer": optimizer.state_dict()}
-            tok.save_model(out / f"checkpoint-{begin:06}", model, tokenizer, state)
+                optimizer = tok.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+            now = state | {"step": begin}
+            tok.save_model(out / f"checkpoint-{begin:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # what the file says is what is trained
             train = tok.load_split(str(out / "samples.jsonl"), "train", {})
             rows = enumerate(zip(train["step"], train["kept"]))
@@ -285,22 +286,24 @@ def main(args):
             loss.backward()
             losses.append(loss.item())
             seen.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
+        parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        if tok.finite(norm, state):
+            optimizer.step()
         optimizer.zero_grad()
+        losses, seen = tok.gather(losses), tok.gather(seen)
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
         metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
-        metrics |= {"lr": lr, "tokens_trained": mask.sum()}
+        metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         if step % args.steps == 0 or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)
         tok.log(out, metrics)
-        if args.save_every and step % args.save_every == 0 and (step % args.steps or step == last):
-            state = {"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
-            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, state)
+        if tok.due(state, args.save_every):
+            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
     tok.save_model(out / "final", model, tokenizer)
 
 

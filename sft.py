@@ -22,7 +22,6 @@ from math import cos, pi
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import DynamicCache
 
 import common.tokenization as tok
@@ -42,6 +41,7 @@ def parse_args(argv=None):
     # model
     add("--model", default="tiny/model", help="hub name or folder")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
     # data
     add("--data", default="tiny/data", help="hub name, folder, or .jsonl, .json, .csv, .parquet file")
     add("--split", default="train", help="rows to train on")
@@ -77,35 +77,34 @@ def sample(model, tokenizer, prompts, temperature, args):
     """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps = torch.zeros(len(prompts), args.max_new_tokens)
+    logps, dice = torch.zeros(len(prompts), args.max_new_tokens), tok.dice(model.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-    for rows in torch.tensor(order).split(args.sample_rows) if prompts else ():
+    for rows in tok.share(order, args.sample_rows):
         distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
-        copies = torch.tensor(
-            [distinct.index(tuple(prompts[i])) for i in rows], device=model.device
-        )  # [rows]
+        copies = [distinct.index(tuple(prompts[i])) for i in rows]
         token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
         position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
         cache = DynamicCache(config=model.config)
         for t in range(args.max_new_tokens):
             inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
             logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
-            if t == 0:  # from a row per distinct prompt to a row per response
-                cache.batch_select_indices(copies)
-                logits, mask, position = logits[copies], mask[copies], position[copies, -1:]
-            logp = (logits / (temperature or 1.0)).log_softmax(
-                -1
-            )  # no top-p, no penalty: as `logprobs` scores
-            token = torch.multinomial(logp.exp(), 1) if temperature else logp.argmax(-1, True)  # [rows, 1]
+            if t == 0:  # from a row per distinct prompt to a row per response, all of them alive
+                cache.batch_select_indices(keep := torch.tensor(copies, device=model.device))
+                logits, mask, position, alive = logits[keep], mask[keep], position[keep, -1:], keep >= 0
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # no top-p: exactly what `logprobs` scores
+            token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
             ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            alive = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
-            if len(alive) == 0:
+            alive = alive & ~torch.isin(token[:, 0], stops)
+            if not (left := alive.sum()):
                 break
-            if len(alive) < len(rows):  # finished rows leave: a batch costs its mean length, not its longest
-                cache.batch_select_indices(alive)
-                rows, token, mask, position = rows[alive.cpu()], token[alive], mask[alive], position[alive]
+            if left < 0.8 * len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+                cache.batch_select_indices(keep := alive.nonzero()[:, 0])
+                rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
+                alive = alive[keep]
             mask, position = F.pad(mask, (0, 1), value=1), position + 1  # the new token is seen by the next
-    return [x[x >= 0].tolist() for x in ids], [lp[x >= 0].tolist() for x, lp in zip(ids, logps)]
+    ids, logps = tok.reduce(ids, "MAX"), tok.reduce(logps)  # every rank has all responses
+    ids = [tok.cut(x[x >= 0].tolist(), stops.tolist(), args.max_new_tokens) for x in ids]
+    return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------
@@ -121,11 +120,11 @@ def logprobs(model, tokens, response_mask, temperature):
 @torch.no_grad()
 def score(model, tokens, response_mask, args):
     """`logprobs` of a whole batch [N, T], micro-batch by micro-batch and without gradient."""
-    logp, entropy = torch.zeros(2, *tokens.shape, device=tokens.device)
+    both = torch.zeros(2, *tokens.shape, dtype=model.dtype, device=model.device)  # logp, entropy
     for rows, width in tok.split_by_tokens(response_mask, range(len(tokens)), args.micro_batch_tokens):
         micro = tokens[rows, :width], response_mask[rows, :width]
-        logp[rows, :width], entropy[rows, :width] = logprobs(model, *micro, args.temperature)
-    return logp, entropy
+        both[:, rows, :width] = torch.stack(logprobs(model, *micro, args.temperature))
+    return tok.reduce(both)
 
 
 # ---- the method ------------------------------------------------------------------------------------------
@@ -167,17 +166,18 @@ def main(args):
     out, state, model, tokenizer = tok.open_run(args)
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
     order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.0)  # fp32 state
+    optimizer = tok.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
     if args.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            tok.log(out, state | evaluate(model, tokenizer, test, args))
+            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
+            tok.log(out, metrics | evaluate(model, tokenizer, test, args))
     print(f"a step: {args.batch_size} of {len(train):,} demonstrations")
 
-    for step in tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps):
+    for step in tok.steps(state, args.steps):
         began = time.time()
         torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
         progress = (step - 1) / args.steps  # the learning rate depends on the step alone, too
@@ -202,22 +202,24 @@ def main(args):
             loss.backward()
             losses.append(loss.item())
             seen.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
+        parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        if tok.finite(norm, state):
+            optimizer.step()
         optimizer.zero_grad()
+        losses, seen = tok.gather(losses), tok.gather(seen)
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
         metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
-        metrics |= {"lr": lr, "tokens_trained": mask.sum()}
+        metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)
         tok.log(out, metrics)
-        if args.save_every and step % args.save_every == 0:
-            state = {"step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
-            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, state)
+        if tok.due(state, args.save_every):
+            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
     tok.save_model(out / "final", model, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Between the disk and the tensors: text, token ids and masks, and the files that they come from and go to.
+"""Between the disk and the tensors: text, token ids and masks, the files that they come from and go to.
 
 Four rules, each the cure of a bug that this field keeps having:
 
@@ -8,21 +8,30 @@ Four rules, each the cure of a bug that this field keeps having:
 4. Scoring pads on the right, where causal attention does not look; only sampling pads on the left.
 """
 
+import atexit
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 from datasets import get_dataset_split_names, load_dataset
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
 transformers.utils.logging.disable_progress_bar()
@@ -127,18 +136,88 @@ def split_by_tokens(response_mask, rows, max_tokens):
     """Cut the row numbers `rows` into micro-batches [(rows, width), ...] with rows x width <= `max_tokens`.
 
     Rows of similar length go together, so little is padding; `width` ends at the longest row's last response
-    token. A row longer than the budget goes alone, a row without response tokens nowhere. Every script
-    divides by a normaliser of the whole optimizer batch, so how the batch is cut changes no gradient.
+    token. A row longer than the budget goes alone, a row without response tokens nowhere. Under torchrun each
+    rank gets every n-th row, so that all have the same mix of lengths. Every script divides by a normaliser
+    of the whole optimizer batch, so how the batch is cut changes no gradient.
     """
     index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
     end = (response_mask * index).amax(1).tolist()  # of each row: last response token + 1
-    micro_batches, width = [], 0
-    for i in sorted((i for i in rows if end[i]), key=lambda i: -end[i]):
+    micro_batches, width, (rank, n) = [], 0, ranks()
+    for i in sorted((i for i in rows if end[i]), key=lambda i: -end[i])[rank::n]:
         if not micro_batches or width * (len(micro_batches[-1]) + 1) > max_tokens:
             micro_batches.append([])
             width = end[i]  # rows come longest first
         micro_batches[-1].append(i)
     return [(micro, end[micro[0]]) for micro in micro_batches]
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------
+#
+# Under `torchrun` every process runs the whole script on the same data, in the same order and with the same
+# random numbers; only three things are divided: sampling (`share`), scoring and training (`split_by_tokens`).
+# What these give is put together again at once (`reduce`, `gather`), so everything else, rewards,
+# advantages, normalisers and metrics, is computed from the whole batch and is equal on all ranks.
+
+
+def ranks():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(kind, timeout=timedelta(minutes=30))  # of waiting for a rank that is lost
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # one rank reports; errors are heard from all
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def dice(device):
+    """A generator of this rank's own for its samples; the common one stays in step on all ranks."""
+    return torch.Generator(device).manual_seed(torch.randint(2**60, ()).item() + ranks()[0])
+
+
+def share(rows, size):
+    """This rank's contiguous part of the row numbers `rows`, in tensors of at most `size`."""
+    rank, n = ranks()
+    part = torch.tensor(rows, dtype=torch.int64).tensor_split(n)[rank]
+    return part.split(size) if len(part) else ()
+
+
+def reduce(x, how="SUM"):
+    """The sum (or "MAX") of a tensor over the ranks, in place."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, how))
+    return x
+
+
+def gather(items):
+    """The lists of all ranks as one."""
+    lists = [items] * ranks()[1]
+    if len(lists) > 1:
+        dist.all_gather_object(lists, items)
+    return [x for items in lists for x in items]
+
+
+def reduce_gradients(parameters):
+    """The parameters, each with the sum of its gradient over the ranks, of which some may have had no row.
+
+    Where no rank has a gradient there is still none: an optimizer would take a zero for one.
+    """
+    parameters = list(parameters)
+    if ranks()[1] > 1:
+        have = torch.tensor([float(p.grad is not None) for p in parameters])
+        for p, anybody in zip(parameters, reduce(have).tolist()):
+            if anybody:
+                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    return parameters
+
+
+def adamw(parameters, **settings):
+    """torch's AdamW; under torchrun each rank keeps the moments of its share of the parameters (ZeRO 1)."""
+    if ranks()[1] > 1:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(parameters, **settings)
 
 
 # ---- data sets -------------------------------------------------------------------------------------------
@@ -192,6 +271,7 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
     there is none, every tenth training row is kept apart for evaluation and never trained on. Held-out rows
     have a column `gold`; so have training rows, but `demonstrations` need a solution instead.
     """
+    ranks()  # from here on one process reports
     columns = {"--question-key": args.question_key}
     solution = {"--solution-key": args.solution_key} if demonstrations else {}
     train = load_split(args.data, args.split, columns | solution)
@@ -239,41 +319,66 @@ LEAST |= dict.fromkeys("batch_size micro_batch_tokens max_new_tokens sample_rows
 LEAST |= dict.fromkeys("epochs_per_batch minibatches prefix_decay_steps max_demo_tokens rounds".split(), 1)
 
 
-def load_model(source):
+def load_model(source, recompute=False):
     """Model and tokenizer of a hub name or folder, on the GPU if there is one, without dropout.
 
     Weights are fp32 whatever the file holds: an update at RL's learning rates is below the resolution of
     bf16, Adam at 1e-6 leaves 98 % of bf16 weights unmoved. `--dtype bf16` is autocast over these fp32
-    weights.
+    weights. `recompute`: the layers keep their inputs only, for --gradient-checkpointing.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # one of a dozen types, and every one of them is about the user's folder
         raise BadInput(f"--model {source} cannot be loaded: {first_line(error)}") from None
+    for layer in model.modules() if recompute else ():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(recomputed, layer.forward)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # eval(): dropout off
 
 
-def save_model(folder, model, tokenizer, state=None):
-    """A model folder; with `state` (optimizer, step, ...) it is a checkpoint and replaces older ones.
+def recomputed(forward, *args, **kwargs):
+    """Without gradient (sampling) as ever. transformers' own switch works in train() only: with dropout."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def save_model(folder, model, tokenizer, optimizer=None, state=None):
+    """A model folder; with optimizer and state it is a checkpoint and replaces older ones.
 
     Written under another name and renamed when complete: under its own it is whole or absent, so a run that
     is killed at any moment leaves its last checkpoint.
     """
-    half = folder.with_name("half-" + folder.name)
-    model.save_pretrained(half)
-    tokenizer.save_pretrained(half)
-    if state:
-        torch.save(state, half / "state.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
-    for old in set(checkpoints(folder.parent)) - {folder} if state else ():
-        shutil.rmtree(old)  # only now, when the new one is whole
+    half, old = (folder.with_name(folder.name + end) for end in (".half", ".old"))
+    if optimizer and ranks()[1] > 1:
+        optimizer.consolidate_state_dict()  # the moments of all ranks, on the first
+    if ranks()[0] == 0:
+        try:
+            model.save_pretrained(half)
+            tokenizer.save_pretrained(half)
+            if optimizer:
+                torch.save(state | {"optimizer": optimizer.state_dict()}, half / "state.pt")
+        except Exception as error:  # no space left, in the words of three libraries
+            shutil.rmtree(half, ignore_errors=True)
+            whole = [str(path) for path in checkpoints(folder.parent)[-1:]] or ["none"]
+            left = f"whole is: {', '.join(whole)}"
+            raise BadInput(
+                f"--output-dir: {folder} cannot be written ({first_line(error)}); {left}."
+            ) from None
+        if folder.exists():
+            folder.rename(old)
+        half.rename(folder)
+        for path in {old, *checkpoints(folder.parent)} - {folder} if optimizer else {old}:
+            shutil.rmtree(path, ignore_errors=True)  # only now, when the new one is whole
+    if ranks()[1] > 1:
+        dist.barrier()
 
 
 def checkpoints(folder):
     """The whole checkpoints of a run, oldest first."""
-    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
+    numbered = "checkpoint-" + "[0-9]" * 6
+    return sorted([*Path(folder).glob(numbered + ".old"), *Path(folder).glob(numbered)])
 
 
 def environment():
@@ -297,26 +402,95 @@ def open_run(args):
         demand(given >= least, f"--{name.replace('_', '-')} {given}: must be at least {least}.")
     demand(args.temperature > 0, f"--temperature {args.temperature}: must be above 0.")
     out, whole = Path(args.output_dir), checkpoints(args.output_dir)
-    if not args.resume:
-        model, tokenizer = load_model(args.model)
-        if (out / "metrics.jsonl").exists():
-            out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
-        return out, {"step": 0, "unparseable_gold": args.unparseable_gold}, model, tokenizer
-    demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
-    state = torch.load(whole[-1] / "state.pt", weights_only=True)
+    state = {"step": 0, "args": vars(args), "skipped": 0}
+    if args.resume:
+        demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
+        state = load_state(whole[-1], args)
+    model, tokenizer = load_model(whole[-1] if args.resume else args.model, args.gradient_checkpointing)
+    if ranks()[0] == 0:
+        try:
+            open_folder(out, state, args, sum(p.nbytes for p in model.parameters()))
+        except OSError as error:
+            raise BadInput(f"--output-dir {out}: cannot be written ({first_line(error)}).") from None
+    if ranks()[1] > 1:
+        dist.barrier()
+    return out, state | {"faults": 0, "stop": 0}, model, tokenizer
+
+
+def load_state(folder, args):
+    """What a checkpoint holds beside the model; the arguments must be those of the first run."""
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        damaged = f"{folder}/state.pt is damaged ({first_line(error)})"
+        raise BadInput(f"--resume: {damaged}; start again without --resume.") from None
     free = ("resume", "output_dir")  # a run's folder may have been moved
-    changed = [k for k, was in state["args"].items() if k not in free and was != getattr(args, k)]
+    changed = [k for k, was in state["args"].items() if k not in free and was != getattr(args, k, None)]
     demand(not changed, f"--resume: {', '.join(changed)} differ from the first run; give the same arguments.")
-    for file in (out / "metrics.jsonl", out / "samples.jsonl"):
-        lines = file.read_text().split("\n")[:-1]  # a killed run may leave half a line at the end
-        file.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= state["step"]))
-    return out, state, *load_model(whole[-1])
+    return state
+
+
+def open_folder(out, state, args, model_bytes):
+    """The run's folder, ready for the step after `state`."""
+    if args.resume:
+        for file in (out / "metrics.jsonl", out / "samples.jsonl"):
+            lines = file.read_text().split("\n")[:-1]  # a killed run may leave half a line at the end
+            file.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= state["step"]))
+        return
+    if (out / "metrics.jsonl").exists():
+        out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
+    need, free = 6 * model_bytes, shutil.disk_usage(out).free  # weights and two moments, old and new
+    need, free = f"{need / 2**30:.1f}", f"{free / 2**30:.1f}" if need > free else None
+    demand(free is None, f"--output-dir {out}: {free} GiB free, two checkpoints take {need} GiB.")
+
+
+def steps(state, last):
+    """Count state["step"] up to `last` under a progress bar; what ends a run early is acted on between steps.
+
+    SIGINT and SIGTERM let a step come to its end and to its checkpoint (`due`), then the exit status is 130
+    or 143; a second signal ends the process at once.
+    """
+
+    def stop(number, frame):
+        state["stop"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    was = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with tqdm(initial=state["step"], total=last, disable=ranks()[0] > 0) as bar:
+            while state["step"] < last:
+                state["step"] += 1
+                yield state["step"]
+                bar.update()
+                faults = "not finite in three updates running; lower --lr, look at the last samples"
+                demand(state["faults"] < 3, f"step {state['step']}: the gradient is {faults}.")
+                if state["stop"]:
+                    print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
+                    sys.exit(128 + state["stop"])
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
+
+
+def finite(norm, state):
+    """Whether a gradient of this norm can be used; with NaN or inf in it an update is skipped and counted."""
+    state["faults"] = 0 if isfinite(norm) else state["faults"] + 1  # running
+    state["skipped"] += not isfinite(norm)  # in all
+    return isfinite(norm)
+
+
+def due(state, every):
+    """Whether this step ends with a checkpoint: every so many do, and one after which the run stops."""
+    state["stop"] = int(reduce(torch.tensor(state["stop"]), "MAX"))  # all ranks or none
+    return state["stop"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
 
 
 def log(out, metrics, samples=()):
     """A step's line in metrics.jsonl, a few of its responses in samples.jsonl, the main numbers on screen."""
+    if ranks()[0]:
+        return dist.barrier()  # what the first rank writes, others may read
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
     samples = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
@@ -328,3 +502,5 @@ def log(out, metrics, samples=()):
     tqdm.write("  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k != "levels"))
     for level, scores in levels.items():
         tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    if ranks()[1] > 1:
+        dist.barrier()

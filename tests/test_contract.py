@@ -102,7 +102,7 @@ def test_every_script_tells_the_story_in_the_same_order(name):
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_script_imports_torch_transformers_and_common_and_no_script(name):
-    known = set("torch tqdm transformers datasets common".split()) | sys.stdlib_module_names
+    known = set("torch transformers datasets common".split()) | sys.stdlib_module_names
     for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= known

@@ -13,7 +13,8 @@ import sft
 def float64(monkeypatch):
     """Everything in double precision: rounding differs by 1e-12, and Adam cannot enlarge it."""
     load = tok.load_model
-    monkeypatch.setattr(tok, "load_model", lambda source: (load(source)[0].double(), load(source)[1]))
+    double = lambda *args: (load(*args)[0].double(), load(*args)[1])  # noqa: E731
+    monkeypatch.setattr(tok, "load_model", double)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
