@@ -1,14 +1,17 @@
-"""Run methods x seeds on the tiny world and print the table of results in the README.
-here.
+"""Run methods x seeds on the tiny world and write the tables of results.
 
-    python experiments/reproduce.py                        # all cells, two at a time, one thread each
+    python experiments/reproduce.py                            # all cells, two at a time, one thread each
     python experiments/reproduce.py --cells sft grpo --seeds 0 1
-    python experiments/reproduce.py --table                # only the table, of what has been run
+    python experiments/reproduce.py --report                   # run nothing: report what has been run
 
 A cell is a command line and a seed; its folder is runs/reproduce/<cell>-<seed>. A finished cell is not run
 again and an interrupted one continues from its last checkpoint, so the whole can be stopped and started at
-any time. What is read from a cell is the first and the last evaluation in its metrics.jsonl, on the same
-held-out questions for all.
+any time. Cells do not evaluate themselves: `measure` asks every final model the same questions.
+
+Fixed before the runs: the main number is pass@1, the share of right answers among 8 samples at temperature 1
+to each of 300 held-out questions; an interval is the middle 95 % of 2,000 bootstrap draws that resample seeds
+and questions; two methods are compared on the same questions and seeds, and they differ if the interval of
+their difference does not hold 0.
 """
 
 import argparse
@@ -16,94 +19,237 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import sft  # noqa: E402
+from common import tokenization as tok  # noqa: E402
+from common.verifier import math_reward  # noqa: E402
+
+IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
 CELLS = {
-    "sft": ["sft.py"],
-    "grpo": ["grpo.py"],
-    "prefix_rft": ["prefix_rft.py"],
-    "sft, noisy demonstrations": ["sft.py", "--solution-key", "noisy_solution"],
-    "prefix_rft, noisy demonstrations": ["prefix_rft.py", "--solution-key", "noisy_solution"],
+    "sft": "sft.py",
+    "dft": f"{IDFT} off --weight dft",
+    "eaft": f"{IDFT} off --weight eaft",
+    "idft": f"{IDFT} off --weight idft",
+    "hinted + sft": f"{IDFT} on --weight sft",
+    "hinted + dft": f"{IDFT} on --weight dft",
+    "hinted + eaft": f"{IDFT} on --weight eaft",
+    "hinted + idft": f"{IDFT} on --weight idft",
+    "rft, k = 1, base": f"{RFT} --k 1 --restart base",
+    "rft, k = 4, base": f"{RFT} --k 4 --restart base",
+    "rft, k = 16, base": f"{RFT} --k 16 --restart base",
+    "rft, k = 1, continue": f"{RFT} --k 1 --restart continue",
+    "rft, k = 4, continue": f"{RFT} --k 4 --restart continue",
+    "rft, k = 16, continue": f"{RFT} --k 16 --restart continue",
+    "dpo": "dpo.py --loss dpo",
+    "simpo": "dpo.py --loss simpo",
+    "grpo": "grpo.py",
+    "prefix_rft": "prefix_rft.py",
+    "sft, noisy demonstrations": "sft.py --solution-key noisy_solution",
+    "prefix_rft, noisy demonstrations": "prefix_rft.py --solution-key noisy_solution",
 }
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
+SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
+CLAIMS = [  # (better, worse, number): what the papers say; the interval of the difference decides
+    ("rft, k = 16, base", "rft, k = 1, base", "pass@1"),
+    ("rft, k = 16, continue", "rft, k = 16, base", "pass@1"),
+    ("dft", "sft", "pass@1"),
+    ("idft", "sft", "pass@1"),
+    ("idft", "sft", "side"),
+    ("hinted + sft", "sft", "side"),
+    ("hinted + idft", "hinted + sft", "side"),
+    ("hinted + idft", "dpo", "pass@1"),
+    ("hinted + idft", "simpo", "pass@1"),
+    ("prefix_rft", "sft", "pass@1"),
+    ("prefix_rft", "grpo", "pass@1"),
+]
 
 
-def run(cell, seed, folder):
-    """One cell in a process of its own with one thread; its screen goes to <folder>.log."""
-    out = folder / f"{cell.replace(', ', '-').replace(' ', '_')}-{seed}"
-    if (out / "final").exists():
-        return
-    script, *flags = CELLS[cell]
-    command = [sys.executable, script, *flags, "--seed", str(seed), "--output-dir", str(out)]
-    if list(out.glob("checkpoint-" + "[0-9]" * 6)):
-        command.append("--resume")
+def folder_of(cell, seed, runs):
+    return runs / f"{cell.replace(', ', '-').replace(' = ', '').replace(' + ', '_').replace(' ', '_')}-{seed}"
+
+
+# ---- running ---------------------------------------------------------------------------------------------
+
+
+def run(cell, seed, runs):
+    """One cell and its measurement, each a process with one thread; the screen goes to <folder>.log."""
+    out = folder_of(cell, seed, runs)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "a") as screen:
-        threads = {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=os.environ | threads, stdout=screen, stderr=screen, check=True)
+
+        def process(*command):
+            began = time.time()
+            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
+            _, status, usage = os.wait4(child.pid, 0)
+            assert status == 0, f"{' '.join(command)} failed, see {out}.log"
+            return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
+
+        if not (out / "final").exists():
+            flags = f"--seed {seed} --output-dir {out} --eval-questions 1 --eval-samples 0"
+            flags += " --resume" * bool(tok.checkpoints(out))
+            seconds = process(sys.executable, *CELLS[cell].split(), *flags.split())
+            (out / "seconds.json").write_text(json.dumps(seconds))
+        if not (out / "measured.json").exists():
+            process(sys.executable, __file__, "--measure", str(out / "final"))
     print(f"done: {cell}, seed {seed}", flush=True)
 
 
-def read(cell, seed, folder):
-    """First and last evaluation of a finished cell, and what it cost."""
-    out = folder / f"{cell.replace(', ', '-').replace(' ', '_')}-{seed}"
-    if not (out / "final").exists():
-        return None
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    cost = {key: sum(line.get(key, 0) for line in lines) for key in ("tokens_generated", "tokens_trained")}
-    return {"before": lines[0], "after": lines[-1], "peak": lines[-1]["peak_memory"] / 2**20} | cost
+@torch.no_grad()
+def measure(folder):
+    """Right answers per question on each split, and on own samples: KL to the base, entropy, length."""
+    args = sft.parse_args(["--max-new-tokens", "128"])
+    model, tokenizer = tok.load_model(str(folder))
+    base, _ = tok.load_model(str(ROOT / "tiny/model"))
+    measured, stops = {}, tok.stop_ids(tokenizer, model.config)
+    for split, (questions, n) in SPLITS.items():
+        rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(questions))
+        prompts, golds = tok.encode_prompts(tokenizer, rows["question"]), list(rows["answer"])
+        for name, temperature, copies in ((split, 1.0, n), (f"{split}_greedy", 0.0, 1)):
+            torch.manual_seed(0)
+            responses, _ = sft.sample(model, tokenizer, prompts * copies, temperature, args)
+            right = math_reward(tok.decode_responses(tokenizer, responses), golds * copies)
+            measured[name] = torch.tensor(right).view(copies, questions).sum(0).int().tolist()
+            if name == "test":
+                measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
+                measured["length"] = sum(map(len, responses)) / len(responses)
+                measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
+    tokens, mask = tok.join(*own)
+    log_p, log_q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (model, base))
+    seen = mask[:, 1:].bool()
+    measured["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)[seen].mean().item()  # KL(pi | base), per token
+    measured["entropy"] = -(log_p.exp() * log_p).sum(-1)[seen].mean().item()
+    half = folder.parent / "measured.half"
+    half.write_text(json.dumps(measured))
+    half.rename(folder.parent / "measured.json")
 
 
-def interval(values):
-    """mean ± half the 95 % interval over seeds."""
-    if len(values) < 2:
-        return f"{mean(values):.3f}"
-    return f"{mean(values):.3f} ± {T95[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+# ---- reporting -------------------------------------------------------------------------------------------
 
 
-def table(cells, seeds, folder):
-    levels, rows = ["1", "2", "3", "4", "5", "6"], []
-    for cell in cells:
-        done = [x for seed in seeds if (x := read(cell, seed, folder))]
-        if not done:
-            continue
-        if not rows:
-            before = done[0]["before"]
-            by_level = [f"{before['levels'][level]['pass@1']:.2f}" for level in levels]
-            rows.append(
-                ["base", f"{before['accuracy']:.3f}", f"{before['pass@1']:.3f}", *by_level, "", "", ""]
-            )
-        after = [x["after"] for x in done]
-        by_level = [f"{mean(x['levels'][level]['pass@1'] for x in after):.2f}" for level in levels]
-        tokens = [mean(x[f"tokens_{key}"] for x in done) for key in ("generated", "trained")]
-        cost = [f"{n / 1000:.0f}k" if n else "0" for n in tokens]
-        cost.append(f"{max(x['peak'] for x in done):.0f}")
-        scores = [interval([x[key] for x in after]) for key in ("accuracy", "pass@1")]
-        name = cell if len(done) == len(seeds) else f"{cell} ({len(done)} of {len(seeds)} seeds)"
-        rows.append([name, *scores, *by_level, *cost])
-    head = ["", "greedy accuracy", "pass@1", *(f"L{level}" for level in levels)]
-    head += ["tokens generated", "tokens trained", "peak MiB"]
-    for row in [head, ["---"] * len(head), *rows]:
-        print("| " + " | ".join(row) + " |")
+def read(cell, seeds, runs):
+    """What the finished seeds of a cell gave, and what they cost."""
+    done = []
+    for seed in seeds:
+        out = folder_of(cell, seed, runs)
+        if (out / "measured.json").exists():
+            lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+            tokens = {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
+            stages = [{k: v for k, v in x.items() if k in STAGE} for x in lines]
+            cost = tokens | {"cpu": json.loads((out / "seconds.json").read_text())["cpu"]}
+            done.append(json.loads((out / "measured.json").read_text()) | cost | {"seed": seed})
+            done[-1]["stage"] = {k: v for x in stages for k, v in x.items()}
+    return done
+
+
+STAGE = set(
+    "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
+)
+ASKED = ("test", "harder", "side", "test_greedy")
+
+
+def shares(done, name):
+    """Share of right answers, [seeds, questions]."""
+    n = 1 if name.endswith("greedy") else SPLITS[name][1]
+    return torch.tensor([x[name] for x in done]).float() / n
+
+
+def draws(right, times=2000):
+    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
+    seeds, questions = right.shape
+    dice = torch.Generator().manual_seed(0)  # the same draws for every row: comparisons are paired
+    some = torch.randint(seeds, (times, seeds), generator=dice)
+    of = torch.randint(questions, (times, questions), generator=dice)
+    return torch.stack([right[s].mean(0)[q].mean() for s, q in zip(some, of)])
+
+
+def interval(right):
+    low, high = draws(right).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(x, 4) for x in (right.mean().item(), low, high)]
+
+
+def summary(done):
+    """A row of results.json."""
+    levels, test = torch.tensor([int(x) for x in done[0]["levels"]]), shares(done, "test")
+    row = {"seeds": [x["seed"] for x in done], "pass@1": interval(test)}
+    row |= {name: interval(shares(done, name)) for name in ASKED[1:]}
+    wrong = torch.tensor([x["test"] for x in done]) == 0
+    row["pass@8"] = round(1 - wrong.float().mean().item(), 4)
+    row["levels"] = {str(i): round(test[:, levels == i].mean().item(), 4) for i in range(1, 7)}
+    for key in ("kl", "entropy", "length", "cut", "tokens_generated", "tokens_trained", "cpu"):
+        if key in done[0]:
+            row[key] = round(sum(x[key] for x in done) / len(done), 4)
+    stages = done[0].get("stage", {})
+    row["stage"] = {k: round(sum(x["stage"][k] for x in done) / len(done), 4) for k in stages}
+    row["pass@1 by seed"] = [round(x.mean().item(), 4) for x in test]
+    return row
+
+
+def report(cells, seeds, runs, write):
+    base = runs / "base"
+    if not (base / "measured.json").exists():
+        base.mkdir(exist_ok=True)
+        (base / "final").symlink_to(ROOT / "tiny/model") if not (base / "final").exists() else None
+        measure(base / "final")
+    every = {cell: done for cell in cells if (done := read(cell, seeds, runs))}
+    rows = {"base": summary([json.loads((base / "measured.json").read_text()) | {"seed": 0}])}
+    rows |= {cell: summary(done) for cell, done in every.items()}
+    compared = []
+    for better, worse, number in CLAIMS:
+        both = [{x["seed"]: x for x in every.get(cell, [])} for cell in (better, worse)]
+        if common := sorted(set(both[0]) & set(both[1])):
+            a, b = (shares([x[s] for s in common], number.replace("pass@1", "test")) for x in both)
+            compared.append({"better": better, "worse": worse, "number": number, "gain": interval(a - b)})
+    if write:
+        target = ROOT / "experiments/results/results.json"
+        target.write_text(json.dumps({"rows": rows, "compared": compared}, indent=1) + "\n")
+    head = "| |pass@1|greedy|pass@8|L1|L2|L3|L4|L5|L6|harder|side|KL|entropy|length|generated|trained|CPU s|"
+    print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
+    for cell, row in rows.items():
+        ends = {key: "{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("pass@1", "harder", "side")}
+        name = (
+            cell
+            if cell == "base" or len(row["seeds"]) == len(seeds)
+            else f"{cell} ({len(row['seeds'])} seeds)"
+        )
+        line = [name, ends["pass@1"], f"{row['test_greedy'][0]:.3f}", f"{row['pass@8']:.3f}"]
+        line += [f"{x:.2f}" for x in row["levels"].values()] + [ends["harder"], ends["side"]]
+        line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
+        line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
+        print("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
+    print("\n| better? | than | number | gain, 95 % interval | |\n|---|---|---|---|---|")
+    for c in compared:
+        mean, low, high = c["gain"]
+        verdict = "yes" if low > 0 else "no, worse" if high < 0 else "not decided"
+        gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        print(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {verdict} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which rows")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="which seeds")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/reproduce", help="where the cells are")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="which seeds")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/reproduce", help="where the cells are")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--report", action="store_true", help="run nothing, report")
+    parser.add_argument("--write", action="store_true", help="write experiments/results/results.json, too")
+    parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if not args.table:
+    args.runs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if args.measure:
+        return measure(args.measure)
+    if not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(run, cell, seed, args.folder) for seed in args.seeds for cell in args.cells]
+            jobs = [pool.submit(run, cell, seed, args.runs) for seed in args.seeds for cell in args.cells]
             for job in jobs:
                 job.result()
-    table(args.cells, args.seeds, args.folder)
+    report(args.cells, args.seeds, args.runs, args.write)
 
 
 if __name__ == "__main__":
