@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
     add("--batch-size", type=int, default=16, help="demonstrations per step")
-    add("--micro-batch-tokens", type=int, default=2048, help="padded tokens per backward pass")
+    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
     # sampling
     add("--temperature", type=float, default=1.0, help="of the k samples; training is at 1")
     add("--max-new-tokens", type=int, default=100, help="budget of a response")

@@ -1,0 +1,214 @@
+"""Time and memory of a step of sft.py and grpo.py, and of sampling, against TRL and transformers' generate.
+
+    pip install "trl==1.16.0" && python experiments/speed.py         # without TRL: ours and generate only
+
+Same model, questions, group size, budget and batch on both sides, on the CPU, one thread and two; the tiny
+model and a random one of 135 M parameters (the shape of SmolLM2-135M). Every measurement is a process of its
+own and the sides take turns, so that a busy machine is busy for both. A figure is the median over turns of
+the CPU seconds per step, without the first step, and of the peak memory, in MiB, above that before the first
+step; for sampling, of sampled tokens per CPU second.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import grpo  # noqa: E402
+import sft  # noqa: E402
+from common import tokenization as tok  # noqa: E402
+from common.verifier import math_reward  # noqa: E402
+
+# questions per step, group size, budget, demonstrations per step, steps; the first step is not counted
+SIZES = {"tiny": (16, 8, 100, 16, 6), "135M": (2, 4, 48, 4, 3)}
+
+
+def big_model(folder):
+    """A random Llama of SmolLM2-135M's shape; one word in 32 ends a response, so that lengths spread."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+    shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+    shape |= dict(num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+    ends = [tokenizer.eos_token_id, *range(480, 49152, 32)]
+    LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=ends, pad_token_id=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Meter:
+    """CPU seconds between calls of `turn`, and the peak of memory since the first."""
+
+    def __init__(self):
+        self.times = []
+
+    def turn(self):
+        if not self.times:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            self.before = self.memory("VmRSS")
+        self.times.append(time.process_time())
+
+    def memory(self, name):
+        return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(name)) / 1024
+
+    def result(self):
+        steps = [b - a for a, b in zip(self.times, self.times[1:])][1:]
+        return {"seconds": median(steps), "MiB": self.memory("VmHWM") - self.before}
+
+
+def rows_of(n):
+    return [json.loads(x) for x in open(ROOT / "tiny/data/train.jsonl")][:n]
+
+
+# ---- one side, in a process of its own -------------------------------------------------------------------
+
+
+def ours(script, model, size, out):
+    questions, group, budget, demonstrations, steps = size
+    meter, count = Meter(), tok.steps
+
+    def watched(state, last):
+        for step in count(state, last):
+            meter.turn()
+            yield step
+        meter.turn()
+
+    tok.steps = watched
+    flags = f"--model {model} --output-dir {out} --steps {steps} --eval-questions 1 --eval-samples 0"
+    flags += f" --save-every 0 --max-new-tokens {budget}"
+    if script is grpo:
+        flags += f" --batch-size {questions} --group-size {group}"
+    else:
+        flags += f" --batch-size {demonstrations}"
+    script.evaluate = lambda *args: {}
+    script.main(script.parse_args(flags.split()))
+    return meter.result()
+
+
+def trl(kind, model, size, out):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    questions, group, budget, demonstrations, steps = size
+    meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(model)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            meter.turn()
+
+        def on_train_end(self, *args, **kwargs):
+            meter.turn()
+
+    prompts = lambda row: tokenizer.decode(tok.encode_prompts(tokenizer, [row["question"]])[0])  # noqa: E731
+    rows = rows_of(4000)
+    data = Dataset.from_dict(
+        {"prompt": [prompts(r) for r in rows], "completion": [r["solution"] for r in rows]}
+    )
+    same = dict(output_dir=out, max_steps=steps, report_to="none", save_strategy="no", logging_strategy="no")
+    same |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+    if kind == "sft":
+        config = SFTConfig(
+            **same, per_device_train_batch_size=demonstrations, learning_rate=1e-4, max_length=None
+        )
+        trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    else:
+        method = dict(num_generations=group, max_completion_length=budget, loss_type="dr_grpo", beta=0.0)
+        method |= dict(scale_rewards="none", temperature=1.0, learning_rate=2e-4)
+        config = GRPOConfig(**same, **method, per_device_train_batch_size=questions * group)
+        data = data.add_column("gold", [row["answer"] for row in rows])
+        reward = lambda completions, gold, **_: math_reward(completions, gold)  # noqa: E731
+        trainer = GRPOTrainer(model, reward, config, train_dataset=data, processing_class=tokenizer)
+    trainer.add_callback(Watch())
+    trainer.train()
+    return meter.result()
+
+
+@torch.no_grad()
+def sampling(side, model, size):
+    """Sampled tokens per CPU second on 4 x the questions of a step."""
+    questions, group, budget, *_ = size
+    net, tokenizer = tok.load_model(model)
+    prompts = tok.encode_prompts(tokenizer, [r["question"] for r in rows_of(4 * questions)]) * group
+    stops, rates = tok.stop_ids(tokenizer, net.config), []
+    args = grpo.parse_args(["--max-new-tokens", str(budget)])
+    for turn in range(4):
+        torch.manual_seed(turn)
+        began = time.process_time()
+        if side == "ours":
+            responses, _ = grpo.sample(net, tokenizer, prompts, 1.0, args)
+        else:
+            tokens, mask = tok.pad(prompts, side="left")
+            plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=budget)
+            ids = net.generate(tokens, attention_mask=mask, **plain, eos_token_id=stops, pad_token_id=1)
+            responses = [tok.cut(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]
+        rates.append(sum(map(len, responses)) / (time.process_time() - began))
+    return {"tokens per second": median(rates[1:])}
+
+
+def one(what, side, model, size):
+    with tempfile.TemporaryDirectory() as out:
+        if what == "sampling":
+            return sampling(side, model, size)
+        return (
+            ours(sft if what == "sft" else grpo, model, size, out)
+            if side == "ours"
+            else trl(what, model, size, out)
+        )
+
+
+# ---- all of it -------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=3, help="processes per side")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what, side, model folder, size
+    args = parser.parse_args()
+    if args.one:
+        what, side, model, size = args.one
+        print("\n" + json.dumps(one(what, side, model, SIZES[size])))
+        return
+    have_trl = find_spec("trl") is not None
+    print("" if have_trl else "TRL is not installed: its column is left out\n")
+    print(
+        "| model | threads | what | ours | theirs | ours / theirs | memory, ours | theirs | ours / theirs |"
+    )
+    print("|---" * 9 + "|")
+    with tempfile.TemporaryDirectory() as big:
+        if "135M" in args.models:
+            big_model(big)
+        for name in args.models:
+            for threads in args.threads:
+                for what in ("sampling", "sft", "grpo"):
+                    sides, done = ("ours", "theirs"), {"ours": [], "theirs": []}
+                    for side in (
+                        sides * args.turns if what == "sampling" or have_trl else ["ours"] * args.turns
+                    ):
+                        model = big if name == "135M" else str(ROOT / "tiny/model")
+                        command = [sys.executable, __file__, "--one", what, side, model, name]
+                        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+                        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+                        assert child.returncode == 0, child.stderr[-3000:]
+                        done[side].append(json.loads(child.stdout.splitlines()[-1]))
+                    line = [name, threads, what]
+                    for key in done["ours"][0]:
+                        a, b = (median(x[key] for x in done[s]) if done[s] else float("nan") for s in sides)
+                        line += [f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}"]
+                    print("| " + " | ".join(map(str, line)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
