@@ -414,3 +414,23 @@ def test_soft_overlong_penalty(script, monkeypatch):
     more = (1,) if script is prefix_rft else ()
     [group] = script.rollout(model, None, [row], *more, args)
     close([c["reward"] for c in group], [1, 0.5, -0.75, 0])
+
+
+# ---- groups ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [grpo, prefix_rft])
+def test_a_group_is_of_one_question(script, monkeypatch):
+    """Three questions, four completions each: a group's prompts, golds and questions are one question's."""
+    args = settings(group_size=4, prefix_schedule="none")
+    rows = [{"question": f"{i}?", "gold": str(i)} for i in range(3)]
+    monkeypatch.setattr(script, "sample", lambda model, tokenizer, prompts, *_: (prompts, None))
+    monkeypatch.setattr(script.tok, "stop_ids", lambda *_: [99])
+    monkeypatch.setattr(script.tok, "encode_prompts", lambda _, texts, *__: [[int(x[0])] for x in texts])
+    monkeypatch.setattr(
+        script.tok, "decode_responses", lambda _, responses: [f"#### {y[0]}" for y in responses]
+    )
+    groups = script.rollout(SimpleNamespace(config=None), None, rows, *([1] * (script is prefix_rft)), args)
+    assert [[c["question"] for c in group] for group in groups] == [[f"{i}?"] * 4 for i in range(3)]
+    assert [[c["response"] for c in group] for group in groups] == [[[i]] * 4 for i in range(3)]
+    assert all(c["reward"] == 1 for group in groups for c in group)  # each judged by its own question's gold

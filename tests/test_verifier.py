@@ -207,6 +207,12 @@ def test_golds_that_cannot_be_judged(gold):
     assert not check_gold(gold)
 
 
+def test_an_unreadable_gold_makes_no_answer_right():
+    """Such a row is dropped; were it not, a reward of 1 for anything would be the worst way to judge it."""
+    for gold in ("", "?", r"\frac{1}{0}", "{", r"\begin{pmatrix}1", r"\foo{1}"):
+        assert math_reward([r"\boxed{5}", "x", r"The answer is \frac12"], [gold] * 3) == [0.0] * 3
+
+
 # ---- Hostile input ---------------------------------------------------------------------------------------
 
 CODE = [

@@ -1,0 +1,60 @@
+"""Every bug of the zoo is killed by the test that it names, and that test passes without the bug."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "zoo"))
+from workshop import BUGS, patched, run, workspace  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
+SOURCE = re.compile(r"[\w.-]+/[\w.-]+(#\d+|@[0-9a-f]{40}:[\w./-]+)")
+REFUSALS = {"AssertionError", "BadInput", "Failed"}  # the test's verdict or the script's, not an accident
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, tmp_path_factory):
+    """{name: (exit status, what happened)} of the bugs asked for; "clean": of their tests without any."""
+    asked = [i.callspec.params.get("name") for i in request.session.items if hasattr(i, "callspec")]
+    names = [name for name in BUGS if name in asked]
+    clean = workspace(tmp_path_factory.mktemp("clean"))
+    jobs = {"clean": (clean, sorted({BUGS[name]["killed_by"] for name in names}))}
+    for name in names:
+        folder = workspace(tmp_path_factory.mktemp(name), [patched(BUGS[name])])
+        jobs[name] = folder, [BUGS[name]["killed_by"]]
+    return run(jobs)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_killed(name, verdicts):
+    """Exit status 1, one test, failed in its body: neither a syntax error nor a test that is not there."""
+    status, seen = verdicts[name]
+    assert status == 1, f"the bug lives: exit status {status}, {seen}"
+    [[node, phase, outcome, exception]] = seen
+    assert (node, phase, outcome) == (BUGS[name]["killed_by"], "call", "failed")
+    assert exception in REFUSALS, f"an accident: {exception}"
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_its_killer_passes_without_it(name, verdicts):
+    status, seen = verdicts["clean"]
+    assert status == 0, [x for x in seen if x[2] != "passed"]
+    assert [BUGS[name]["killed_by"], "call", "passed", None] in seen
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_is_one_line_with_a_source(name):
+    bug = BUGS[name]
+    assert set(bug) == {"title", "file", "old", "new", "source", "symptom", "killed_by"}
+    assert "\n" not in bug["old"] + bug["new"] and bug["old"] != bug["new"]
+    compile(patched(bug)[1], bug["file"], "exec")
+    assert bug["source"] and all(SOURCE.fullmatch(x) for x in bug["source"])
+    assert bug["symptom"].endswith(".") and not bug["title"].endswith(".")
+
+
+def test_there_are_enough():
+    assert len(BUGS) >= 20
+    assert len({(bug["file"], bug["old"], bug["new"]) for bug in BUGS.values()}) == len(BUGS)
