@@ -1,0 +1,99 @@
+"""Exercises for a course: a script with blanks, or with a bug of the zoo in it, and tests that know better.
+
+python docs/exercise.py grpo             # writes exercises/grpo/: docs/exercises.toml says what is blank
+python docs/exercise.py grpo             # again, after editing exercises/grpo/grpo.py: what is right by now?
+python docs/exercise.py bug --seed 7     # one of tests/zoo/bugs.toml: find the line, mend it, run this again
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests/zoo"))
+from workshop import BUGS, patched, run, tomllib, workspace  # noqa: E402
+
+EXERCISES = tomllib.loads((ROOT / "docs/exercises.toml").read_text())
+
+
+def span(lines, mark):
+    """First and last line (from 0, inclusive) of a mark in a script's lines, and its name."""
+    if "function" not in mark:
+        ends = [[i for i, line in enumerate(lines) if mark[end] in line] for end in ("from", "to")]
+        if [len(x) for x in ends] != [1, 1] or ends[0] > ends[1]:
+            raise ValueError(
+                f"stale: {mark['from']!r} ... {mark['to']!r} are not each on one line, in this order"
+            )
+        return ends[0][0], ends[1][0], f"line {ends[0][0] + 1}"
+    nodes = [n for n in ast.parse("\n".join(lines)).body if getattr(n, "name", None) == mark["function"]]
+    if not nodes:
+        raise ValueError(f"stale: there is no function {mark['function']}")
+    body = nodes[0].body[bool(ast.get_docstring(nodes[0])) :]
+    return body[0].lineno - 1, body[-1].end_lineno - 1, mark["function"]
+
+
+def blanked(script, marks):
+    """The text of a script with the spans of these marks replaced by a sentence that says what to write."""
+    lines = (ROOT / f"{script}.py").read_text().split("\n")
+    spans = [(*span(lines, mark), mark["task"]) for mark in marks]
+    for first, last, _, task in sorted(spans, reverse=True):  # from below: line numbers above stay right
+        indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+        lines[first : last + 1] = [
+            f"{indent}raise NotImplementedError(",
+            f"{indent}    {task!r}",
+            f"{indent})",
+        ]
+    return "\n".join(lines)
+
+
+def verdict(seen):
+    """open, wrong or right, from what happened to the tests of a span."""
+    if any(exception == "NotImplementedError" for *_, exception in seen):
+        return "open"
+    return "right" if seen and all(outcome == "passed" for *_, outcome, _ in seen) else "wrong"
+
+
+def fill_in(script, out):
+    """Blank the script unless that has been done, and print what has been solved."""
+    marks = EXERCISES[script]
+    if not out.exists():
+        workspace(out, [(f"{script}.py", blanked(script, marks))])
+        print(f"written: {out}/{script}.py with {len(marks)} blanks; write them and run this command again")
+    names = [span((ROOT / f"{script}.py").read_text().split("\n"), mark)[2] for mark in marks]
+    results = run({name: (out.resolve(), mark["tests"]) for name, mark in zip(names, marks)})
+    for name, mark in zip(names, marks):
+        print(f"{verdict(results[name][1]):6} {name:14} {mark['task']}")
+    left = [mark for name, mark in zip(names, marks) if verdict(results[name][1]) != "right"]
+    if left:
+        print(f"next: cd {out} && python -m pytest --tb=short {' '.join(left[0]['tests'])}")
+    return not left
+
+
+def find_bug(seed, out):
+    """Plant one of the zoo's bugs unless that has been done, and say whether it is still there."""
+    bug = list(BUGS.values())[seed % len(BUGS)]
+    if not out.exists():
+        workspace(out, [patched(bug)])
+        print(f"written: {out}, where one line of {bug['file']} is wrong. What one sees: {bug['symptom']}")
+    [(status, _)] = run({"bug": (out.resolve(), [bug["killed_by"]])}).values()
+    said = f"gone. It was: {bug['title']} ({', '.join(bug['source'])})" if status == 0 else "still there."
+    print(f"The bug is {said}")
+    return status == 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[*EXERCISES, "bug"], help="a script with blanks, or any with a bug")
+    parser.add_argument("--seed", type=int, default=0, help="which bug")
+    parser.add_argument("--out", type=Path, help="default: exercises/WHAT; it is never overwritten")
+    args = parser.parse_args(argv)
+    name = f"bug-{args.seed}" if args.what == "bug" else args.what
+    out = args.out or ROOT / "exercises" / name
+    return find_bug(args.seed, out) if args.what == "bug" else fill_in(args.what, out)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)

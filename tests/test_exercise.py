@@ -1,0 +1,87 @@
+"""Blanks are noticed, the scripts' own lines are right, wrong ones are wrong; no mark is out of date."""
+
+import os
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "docs"))
+import exercise  # noqa: E402
+from workshop import BUGS, run, workspace  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
+MARKS = {
+    f"{script} {i}": (script, mark)
+    for script, marks in exercise.EXERCISES.items()
+    for i, mark in enumerate(marks)
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """{(which, mark): (exit status, what happened)} with every span blank, and in the scripts as they are."""
+    texts = [
+        (f"{script}.py", exercise.blanked(script, marks)) for script, marks in exercise.EXERCISES.items()
+    ]
+    blank = workspace(tmp_path_factory.mktemp("blank"), texts)
+    whole = workspace(tmp_path_factory.mktemp("whole"))
+    jobs = {f"blank {name}": (blank, mark["tests"]) for name, (_, mark) in MARKS.items()}
+    every = sorted({test for _, mark in MARKS.values() for test in mark["tests"]})
+    return run(jobs | {"whole": (whole, every)})
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_blank_is_open(name, verdicts):
+    assert exercise.verdict(verdicts[f"blank {name}"][1]) == "open"
+
+
+def test_the_script_itself_is_right(verdicts):
+    status, seen = verdicts["whole"]
+    assert status == 0 and exercise.verdict(seen) == "right"
+    ran = {re.sub(r"\[.*", "", node) for node, *_ in seen}
+    assert ran == {re.sub(r"\[.*", "", test) for _, mark in MARKS.values() for test in mark["tests"]}
+
+
+def test_fill_in(tmp_path, capsys, monkeypatch):
+    """Written once, never overwritten; right spans are told from wrong ones."""
+    out = tmp_path / "dpo"
+    unwritten = [["test", "call", "failed", "NotImplementedError"]]
+    monkeypatch.setattr(exercise, "run", lambda jobs: {name: (1, unwritten) for name in jobs})
+    assert not exercise.main(["dpo", "--out", str(out)])
+    first = capsys.readouterr().out
+    assert "with 2 blanks" in first and first.count("\nopen   ") == 2 and "next: cd" in first
+    text = (out / "dpo.py").read_text()
+    assert text.count("NotImplementedError") == 2 and "def dpo_loss" in text
+    whole = (ROOT / "dpo.py").read_text()
+    wrong = whole.replace("delta.exp() - delta - 1", "delta.exp() - delta")
+    assert wrong != whole
+    (out / "dpo.py").write_text(wrong)
+    monkeypatch.setattr(exercise, "run", run)
+    assert not exercise.main(["dpo", "--out", str(out)])
+    again = capsys.readouterr().out
+    assert "written" not in again and "right  dpo_loss" in again and "wrong  kl_from_start" in again
+
+
+def test_find_the_bug(tmp_path, capsys, monkeypatch):
+    """The line is planted, not named; that its test tells the two files apart is what test_zoo.py shows."""
+    out, bug, whole = tmp_path / "bug", BUGS["k3-reversed"], (ROOT / "grpo.py").read_text()
+    command = ["bug", "--seed", str(list(BUGS).index("k3-reversed")), "--out", str(out)]
+    status = lambda: int((out / "grpo.py").read_text() != whole)  # noqa: E731
+    monkeypatch.setattr(exercise, "run", lambda jobs: {"bug": (status(), [])})
+    assert not exercise.main(command)
+    said = capsys.readouterr().out
+    assert "still there" in said and bug["symptom"] in said and bug["title"] not in said
+    assert (out / "grpo.py").read_text() == whole.replace(bug["old"], bug["new"])
+    (out / "grpo.py").write_text(whole)
+    assert exercise.main(command)
+    assert bug["title"] in capsys.readouterr().out and not status()
+
+
+@pytest.mark.parametrize(
+    "mark", [{"function": "advantage"}, {"from": "import torch", "to": "def main(args)"}]
+)
+def test_a_mark_that_is_not_in_the_script_is_an_error(mark):
+    with pytest.raises(ValueError, match="stale"):
+        exercise.blanked("grpo", [mark | {"task": "x"}])
