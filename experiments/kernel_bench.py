@@ -4,15 +4,17 @@
     python experiments/kernel_bench.py --peers           and Liger, TRL, cut-cross-entropy where installed
     python experiments/kernel_bench.py --cases small     a few minutes instead of half an hour
 
-On a CPU, time is CPU-seconds of one thread, all contenders in turn in one process, the median over the
-repeats; memory is the high-water mark of a process of its own, over its inputs and gradients. On a GPU,
-time is between synchronisations and memory is the allocator's peak. "4 GEMMs" are the bare products that
-the method needs: logits, logits again, dh, dW; TF/s counts them for everyone. Errors are against float64,
-divided by the largest value.
+On a CPU, time is CPU-seconds of one thread; all contenders take turns in one process, there and back, so
+that a busy machine slows all of them alike. A ratio of times is the median over the turns of the ratio
+within a turn. Memory is the high-water mark of a process of its own, over its inputs and gradients. On a
+GPU, time is between synchronisations and memory is the allocator's peak. "4 GEMMs" are the bare products
+that the method needs: logits, logits again, dh, dW; TF/s counts them for everyone. Errors are against
+float64, divided by the largest value.
 
-A CPU without bf16 instructions multiplies bf16 matrices up to 60 times slower than fp32 ones. There, "naive
-in fp32" (cast, then naive) is the fair bf16 baseline; the bf16 naive form is timed once, beside the peers,
-and its memory is measured at D = 16, where its [N, V] tensors are the same.
+A CPU without bf16 instructions emulates products of bf16 matrices, up to 60 times slower than fp32 ones.
+There, "naive in fp32" (cast, then naive) is the second bf16 baseline, and what is emulated gets fewer turns:
+the naive form and Liger's scaled CE one, and none at N = 4096. The memory of the emulated naive form is
+measured at D = 16, where its [N, V] tensors are the same.
 """
 
 import argparse
@@ -33,13 +35,13 @@ sys.path.insert(0, str(ROOT))
 from common.logprob import token_logprobs  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# case: (N, D, V), dtypes, repeats (0: once, in the process that measures memory), memory?, peers and entropy?
+# case: (N, D, V), dtypes, turns, memory?, peers and entropy?
 CASES = {
     "small": ((512, 896, 16384), ("fp32", "bf16"), 3, True, True),
     "tiny": ((2000, 128, 460), ("fp32",), 60, False, False),  # the embedded default of this project
     "peers": ((1024, 896, 32768), ("fp32", "bf16"), 3, False, True),
-    "head": ((1024, 896, 151936), ("fp32", "bf16"), 2, True, False),
-    "long": ((4096, 896, 151936), ("fp32", "bf16"), 0, True, False),
+    "head": ((1024, 896, 151936), ("fp32", "bf16"), 3, True, False),
+    "long": ((4096, 896, 151936), ("fp32", "bf16"), 2, True, False),
     "gpu-small": ((4096, 896, 151936), ("bf16", "fp32"), 10, True, True),
     "gpu-large": ((8192, 1536, 151936), ("bf16",), 10, True, True),
     "gpu-wide": ((8192, 4096, 151936), ("bf16",), 5, True, True),
@@ -164,7 +166,7 @@ def high_water(field):
 
 
 def memory(fn, shape, dtype, device):
-    """Seconds, and bytes at the peak over inputs and gradients."""
+    """Bytes at the peak over inputs and gradients."""
     once(fn, inputs((8, shape[1], 4096), dtype, device), device)  # libraries take their workspaces first
     args = inputs(shape, dtype, device)
     gc.collect()
@@ -174,12 +176,12 @@ def memory(fn, shape, dtype, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds = once(fn, args, device)[1]
-        return seconds, torch.cuda.max_memory_allocated() - before - grads
+        once(fn, args, device)
+        return torch.cuda.max_memory_allocated() - before - grads
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
     before = high_water("VmRSS")
-    seconds = once(fn, args, device)[1]
-    return seconds, high_water("VmHWM") - before - grads
+    once(fn, args, device)
+    return high_water("VmHWM") - before - grads
 
 
 def errors(fn, dtype, device):
@@ -201,33 +203,32 @@ def naive_fp64(h, w, t):
 
 
 def run_case(name, dtypes, with_peers, device, out):
-    shape, own, repeats, with_memory, extra = CASES[name]
+    shape, own, turns, with_memory, extra = CASES[name]
     for dtype in [x for x in own if x in dtypes]:
         fns = contenders(dtype, with_peers and extra)
-        entropies = (False, True) if extra else (False,)
+        keys = [(k, e) for e in (False, True)[: 1 + extra] for k in fns if not e or k in ("naive", "ours")]
         times, args = {}, inputs(shape, dtype, device)
-        for fn in fns.values() if repeats else ():
+        for fn in fns.values():
             once(fn, inputs((64, shape[1], 512), dtype, device), device)
             if device == "cuda":
                 once(fn, args, device)  # compilation and choice of algorithms
-        for repeat in range(repeats):
-            for key in [(k, e) for k in fns for e in entropies if not e or k in ("naive", "ours")]:
-                if slow(dtype) and key[0] in ("naive", "Liger scaled CE") and (repeat or key[1] or not extra):
+        for turn in range(turns):
+            for key in keys[:: -1 if turn % 2 else 1]:
+                emulated = slow(dtype) and key[0] in ("naive", "Liger scaled CE")
+                if emulated and (turn or key[1] or name == "long"):  # minutes each, half an hour in "long"
                     continue
                 times.setdefault(key, []).append(once(fns[key[0]], args, device, key[1]))
-        for key in [(k, e) for k in fns for e in entropies if not e or k in ("naive", "ours")]:
+        for key in keys:
             row = {"case": name, "shape": shape, "dtype": dtype, "name": key[0], "entropy": key[1]}
             if key in times:
                 row["forward"], row["seconds"] = (statistics.median(x) for x in zip(*times[key], strict=True))
-                row["range"] = [min(x[1] for x in times[key]), max(x[1] for x in times[key])]
+                row["turns"] = [round(x[1], 5) for x in times[key]]
             if with_memory and not key[1] and key[0] != "4 GEMMs":
                 if device == "cuda":
-                    seconds, row["extra_bytes"] = memory(fns[key[0]], shape, dtype, device)
+                    row["extra_bytes"] = memory(fns[key[0]], shape, dtype, device)
                 else:
                     command = [sys.executable, __file__, "--one", name, dtype, key[0], str(int(with_peers))]
-                    seconds, row["extra_bytes"] = json.loads(subprocess.check_output(command))
-                if not (slow(dtype) and key[0] == "naive"):
-                    row.setdefault("seconds", seconds)
+                    row["extra_bytes"] = json.loads(subprocess.check_output(command))
             if extra and not key[1] and key[0] != "4 GEMMs":
                 row["errors"] = errors(fns[key[0]], dtype, device)
             if device == "cuda" and "seconds" in row:
@@ -236,34 +237,27 @@ def run_case(name, dtypes, with_peers, device, out):
             print(json.dumps(row), file=sys.stderr, flush=True)
 
 
+def ratio(a, b):
+    """Time of row a over row b: turn by turn where both took as many, else of their medians."""
+    if a is None or b is None or "turns" not in a or "turns" not in b:
+        return ""
+    if len(a["turns"]) == len(b["turns"]):
+        return f"{statistics.median(x / y for x, y in zip(a['turns'], b['turns'], strict=True)):.2f}"
+    return f"{a['seconds'] / b['seconds']:.2f}"
+
+
 def table(rows):
-    """Markdown: one line a contender, each divided by the naive form of the same case, dtype and loss."""
-    head = [
-        "case",
-        "dtype",
-        "contender",
-        "s",
-        "/ naive",
-        "extra MB",
-        "/ naive",
-        "err logp",
-        "entropy",
-        "dh",
-        "dW",
-    ]
+    """Markdown: one line a contender, beside the naive form and ours in the same case, dtype and loss."""
+    head = "case|dtype|contender|s|/ naive|ours / it|extra MB|/ naive|err logp|entropy|dh|dW".split("|")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        base = next(
-            b
-            for b in rows
-            if b["name"] == "naive" and all(b[k] == r[k] for k in ("case", "dtype", "entropy"))
-        )
+        same = [x for x in rows if all(x[k] == r[k] for k in ("case", "dtype", "entropy"))]
+        base, our = (next((x for x in same if x["name"] == name), None) for name in ("naive", "ours"))
         mb, base_mb = r.get("extra_bytes"), base.get("extra_bytes")
         cells = ["N={} D={} V={}".format(*r["shape"]), r["dtype"]]
         cells += [r["name"] + (" + entropy gradient" if r["entropy"] else "")]
-        both = "seconds" in r and "seconds" in base
         cells += [f"{r['seconds']:.4g}" if "seconds" in r else ""]
-        cells += [f"{r['seconds'] / base['seconds']:.2f}" if both else ""]
+        cells += [ratio(r, base), ratio(our, r)]
         cells += ["", ""] if mb is None else [f"{mb / 1e6:.0f}", f"{mb / base_mb:.4f}"]
         cells += ["" if e is None else f"{e:.1e}" for e in r.get("errors") or [None] * 4]
         if "tflops" in r:
@@ -304,11 +298,21 @@ def main():
             versions[package] = None
     out = {"device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(), "rows": []}
     out |= {"slow_bf16": slow("bf16"), "versions": versions}
+    installed = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
+    about = f"`{' '.join(['python', 'experiments/kernel_bench.py', *sys.argv[1:]])}` on {out['device']}, "
+    about += f"{'one thread; ' if device == 'cpu' else ''}{installed}. Turns: "
+    about += ", ".join(f"{CASES[c][2]} at N={CASES[c][0][0]} V={CASES[c][0][2]}" for c in cases) + "."
+    if out["slow_bf16"]:
+        about += (
+            "\n\nThis CPU has no bf16 instructions; torch emulates them. The naive form and Liger's scaled CE"
+        )
+        about += " in bf16\nhave one turn, and none at N=4096; naive memory in bf16 is measured at D=16."
     path = ROOT / "experiments" / "results" / f"kernel_{args.name or device}"
     for case in cases:
         run_case(case, args.dtypes, args.peers, device, out)
-        path.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
-        about = f"{out['device']}, bf16 emulated: {out['slow_bf16']}, {json.dumps(versions)}"
+        head = json.dumps({k: v for k, v in out.items() if k != "rows"})
+        rows = ",\n".join(json.dumps(row) for row in out["rows"])
+        path.with_suffix(".json").write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')
         path.with_suffix(".md").write_text(f"{about}\n\n{table(out['rows'])}\n")
     print(table(out["rows"]))
 
