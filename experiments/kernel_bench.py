@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # case: (N, D, V), dtypes, turns, memory?, peers and entropy?
 CASES = {
     "small": ((512, 896, 16384), ("fp32", "bf16"), 3, True, True),
-    "tiny": ((2000, 128, 460), ("fp32",), 60, False, False),  # the embedded default of this project
+    "tiny": ((2000, 128, 479), ("fp32",), 60, False, False),  # the embedded default of this project
     "peers": ((1024, 896, 32768), ("fp32", "bf16"), 3, False, True),
     "head": ((1024, 896, 151936), ("fp32", "bf16"), 3, True, False),
     "long": ((4096, 896, 151936), ("fp32", "bf16"), 2, True, False),
