@@ -201,19 +201,19 @@ def test_strided_inputs_and_upstream_gradients():
     expected = ours(*args)
     h, w, t, g, k = args
     h2 = torch.randn(24, 2, 20).copy_(h.detach()[:, None].expand(24, 2, 20))[:, 1].requires_grad_()
-    w2 = w.detach().T.contiguous().T.requires_grad_()  # unit stride in V, not in D
-    logp, entropy = token_logprobs(h2.view(4, 6, 20), w2, t.view(6, 4).T.contiguous().T.reshape(4, 6))
+    wide = torch.cat([w.detach(), torch.randn(75, 12)], 1)[:, :20]  # rows of 32, of which 20 are used
+    across = w.detach().T.contiguous().T  # unit stride in V, not in D
     upstream = (torch.stack([g, g], 1)[:, 0].view(4, 6), k.view(4, 6).T.contiguous().T)
     assert not upstream[0].is_contiguous() and not upstream[1].is_contiguous()
-    grads = torch.autograd.grad((logp, entropy), (h2, w2), upstream)
-    for a, b in zip([logp.flatten(), entropy.flatten(), *grads], expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    ones = torch.autograd.grad(token_logprobs(h, w, t)[0].sum(), h)[
-        0
-    ]  # an expanded upstream gradient, stride 0
-    torch.testing.assert_close(
-        ones, oracle(h, w, t, torch.ones(24), torch.zeros(24))[1][2].float(), rtol=1e-4, atol=1e-5
-    )
+    for w2 in (wide.requires_grad_(), across.requires_grad_()):
+        logp, entropy = token_logprobs(h2.view(4, 6, 20), w2, t.view(6, 4).T.contiguous().T.reshape(4, 6))
+        grads = torch.autograd.grad((logp, entropy), (h2, w2), upstream)
+        for a, b in zip([logp.flatten(), entropy.flatten(), *grads], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    # a sum hands back an expanded gradient, of stride 0
+    (ones,) = torch.autograd.grad(token_logprobs(h, w, t)[0].sum(), h)
+    _, exact = oracle(h, w, t, torch.ones(24), torch.zeros(24))
+    torch.testing.assert_close(ones, exact[2].float(), rtol=1e-4, atol=1e-5)
 
 
 def test_empty_and_all_ignored_stay_on_the_graph():

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from common import logprob
 
-GROUP = "--group-size 4 --kl-coef 0.1 --epochs-per-batch 2"  # all rows count, old and reference log-probs
+GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2"  # all three log-probs
 METHODS = {  # flags that bring in every log-probability there is
     "sft": "",
     "rft_rejection": "--questions 16 --k 2 --add-gold",
@@ -19,7 +19,7 @@ METHODS = {  # flags that bring in every log-probability there is
     "dpo": "--k 4 --pair-questions 24",
     "grpo": GROUP,
     "prefix_rft": GROUP,
-    "rlhf_ppo": "",
+    "rlhf_ppo": "--batch-size 32 --preference-questions 12 --reward-epochs 1",
 }
 V, CHUNK = 479, 239  # the words of tiny/model, and a width that nothing but the kernel's chunks has
 
