@@ -451,6 +451,17 @@ def test_chunk_rule():
 # --------------------------------------------------------------------------------- what only a GPU would show
 
 
+@pytest.mark.skipif(not TRITON, reason="belongs to the Triton path")
+def test_one_part_of_the_vocabulary_writes_the_logit_of_a_target():
+    """Two writers of a row race on a GPU, but in the interpreter the last one wins: here part 0 is alone."""
+    h, w, *_ = inputs(75, 20, 75)
+    t, zt, stats = torch.arange(75), torch.full((75,), math.nan), torch.empty(1, 3, 75)
+    shape = (75, 75, 20, 20, 20, 1.0, 16, 16, 32, 2, True)  # n, V, D, strides, 1/T, tile, SPAN: words 0 to 31
+    logprob._forward_kernel[(5, 1)](h.detach(), w.detach(), t, zt, stats, *shape)
+    torch.testing.assert_close(zt[:32], (h * w).sum(1)[:32].detach(), rtol=1e-4, atol=1e-4)
+    assert zt[32:].isnan().all()
+
+
 OVERFLOW = """
 import mmap, torch, triton
 from common import logprob as L

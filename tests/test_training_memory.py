@@ -51,7 +51,7 @@ def step(small, tmp_path, monkeypatch):
         name = script.__name__
         monkeypatch.setattr(logprob, "_chunk", lambda h, v: CHUNK)  # its own limit of 512 words is above V
         flags = "--steps 1 --batch-size 16 --micro-batch-tokens 99999 --max-new-tokens 24 --sample-rows 64"
-        flags += f" --eval-questions 1 --eval-samples 0 --save-every 0 {METHODS[name]}"
+        flags += f" --eval-questions 2 --eval-samples 0 --save-every 0 {METHODS[name]}"
         with Rows() as rows:
             script.main(script.parse_args(small(name, tmp_path / name, *flags.split())))
         return rows.most
