@@ -56,11 +56,11 @@ def parse_args(argv=None):
     add("--solution-key", default="solution", help="column of the demonstration")
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
-    add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
+    add("--lr", type=float, default=3e-5, help="peak learning rate of AdamW")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
-    add("--batch-size", type=int, default=16, help="pairs per step")
+    add("--batch-size", type=int, default=16, help="rows per step")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
     # sampling
     add("--temperature", type=float, default=1.0, help="divides the logits, in sampling and in scoring")
@@ -231,16 +231,12 @@ def main(args):
             tok.log(out, {"step": 0, "tokens_generated": cost, "seconds_sample": time.time() - began}, rows)
             x = tok.encode_prompts(tokenizer, test[args.question_key], args.prompt_template)
             state["start"] = (x, *sample(model, tokenizer, x, args.temperature, args))
-        tok.save_model(
-            out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state
-        )  # --resume does not sample again
+        tok.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
     train = tok.load_split(str(out / "samples.jsonl"), "train", {})  # what the file says is what is trained
     epochs = 2 * args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the pairs
-    rows = torch.arange(len(train)).view(-1, 2)  # of each pair
     torch.manual_seed(args.seed)
-    shuffled = [rows[torch.randperm(len(rows))].view(-1) for _ in range(epochs)]
-    order = torch.cat(shuffled).split(2 * args.batch_size)
-    print(f"a step: {args.batch_size} of {len(rows):,} pairs")
+    order = torch.cat([torch.randperm(len(train) // 2) for _ in range(epochs)]).split(args.batch_size)
+    print(f"a step: {args.batch_size} of {len(train) // 2:,} pairs")
 
     for step in tok.steps(state, args.steps):
         began = time.time()
@@ -250,7 +246,7 @@ def main(args):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
 
         # pairs
-        batch = train.select(order[step - 1])
+        batch = train.select([2 * j + side for j in order[step - 1].tolist() for side in (0, 1)])
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
         cut = sum(len(ids) > args.max_demo_tokens for ids in responses)

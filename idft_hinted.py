@@ -58,11 +58,11 @@ def parse_args(argv=None):
     add("--solution-key", default="solution", help="column of the demonstration")
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
-    add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
+    add("--lr", type=float, default=3e-4, help="peak learning rate of AdamW")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
-    add("--batch-size", type=int, default=16, help="demonstrations per step")
+    add("--batch-size", type=int, default=16, help="rows per step")
     add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
     # sampling
     add("--temperature", type=float, default=1.0, help="divides the logits, in sampling and in scoring")
@@ -260,9 +260,7 @@ def main(args):
                 train = tok.with_gold(train, args, extract_answer, check_gold)
                 # as many questions as the steps have rows
                 tok.log(out, *own_words(model, tokenizer, train[: args.steps * args.batch_size], args))
-        tok.save_model(
-            out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state
-        )  # --resume does not sample again
+        tok.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
     if args.hinted == "on":  # what the file says is what is trained
         train = tok.load_split(str(out / "samples.jsonl"), "train", {}).filter(bool, input_columns="kept")
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
