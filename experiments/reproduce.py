@@ -4,9 +4,10 @@
     python experiments/reproduce.py --cells sft grpo --seeds 0 1
     python experiments/reproduce.py --report                   # run nothing: report what has been run
 
-A cell is a command line and a seed; its folder is runs/reproduce/<cell>-<seed>. A finished cell is not run
-again and an interrupted one continues from its last checkpoint, so the whole can be stopped and started at
-any time. Cells do not evaluate themselves: `measure` asks every final model the same questions.
+A cell is a command line and a seed; its folder is runs/reproduce/<cell>-<seed>, what came out of it is
+experiments/results/cells/<cell>-<seed>.json. A cell that has such a file is not run again (delete it to run
+it again) and an interrupted one continues from its last checkpoint, so the whole can be stopped and started
+at any time. Cells do not evaluate themselves: `measure` asks every final model the same questions.
 
 Fixed before the runs: the main number is pass@1, the share of right answers among 8 samples at temperature 1
 to each of 300 held-out questions; an interval is the middle 95 % of 2,000 bootstrap draws that resample seeds
@@ -70,8 +71,13 @@ CLAIMS = [  # (better, worse, number): what the papers say; the interval of the 
 ]
 
 
-def folder_of(cell, seed, runs):
-    return runs / f"{cell.replace(', ', '-').replace(' = ', '').replace(' + ', '_').replace(' ', '_')}-{seed}"
+RESULTS = ROOT / "experiments/results"
+# what is logged of a stage before training
+STAGE = "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
+
+
+def name_of(cell, seed):
+    return f"{cell.replace(', ', '-').replace(' = ', '').replace(' + ', '_').replace(' ', '_')}-{seed}"
 
 
 # ---- running ---------------------------------------------------------------------------------------------
@@ -79,7 +85,9 @@ def folder_of(cell, seed, runs):
 
 def run(cell, seed, runs):
     """One cell and its measurement, each a process with one thread; the screen goes to <folder>.log."""
-    out = folder_of(cell, seed, runs)
+    out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
+    if result.exists():
+        return
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "a") as screen:
 
@@ -94,9 +102,21 @@ def run(cell, seed, runs):
             flags = f"--seed {seed} --output-dir {out} --eval-questions 1 --eval-samples 0"
             flags += " --resume" * bool(tok.checkpoints(out))
             seconds = process(sys.executable, *CELLS[cell].split(), *flags.split())
-            (out / "seconds.json").write_text(json.dumps(seconds))
+            if "--resume" not in flags:  # else this is a part of them only
+                (out / "seconds.json").write_text(json.dumps(seconds))
         if not (out / "measured.json").exists():
             process(sys.executable, __file__, "--measure", str(out / "final"))
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    record = {"cell": cell, "command": CELLS[cell], "seed": seed}
+    record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
+    record |= {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
+    if (out / "seconds.json").exists():
+        record |= {"cpu": json.loads((out / "seconds.json").read_text())["cpu"]}
+    record["stage"] = {k: v for x in lines for k, v in x.items() if k in STAGE}
+    record |= json.loads((out / "measured.json").read_text())
+    half = result.with_suffix(".half")
+    half.write_text(json.dumps(record) + "\n")
+    half.rename(result)
     print(f"done: {cell}, seed {seed}", flush=True)
 
 
@@ -124,32 +144,18 @@ def measure(folder):
     seen = mask[:, 1:].bool()
     measured["kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)[seen].mean().item()  # KL(pi | base), per token
     measured["entropy"] = -(log_p.exp() * log_p).sum(-1)[seen].mean().item()
-    half = folder.parent / "measured.half"
-    half.write_text(json.dumps(measured))
-    half.rename(folder.parent / "measured.json")
+    return measured
 
 
 # ---- reporting -------------------------------------------------------------------------------------------
 
 
-def read(cell, seeds, runs):
+def read(cell, seeds):
     """What the finished seeds of a cell gave, and what they cost."""
-    done = []
-    for seed in seeds:
-        out = folder_of(cell, seed, runs)
-        if (out / "measured.json").exists():
-            lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
-            tokens = {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
-            stages = [{k: v for k, v in x.items() if k in STAGE} for x in lines]
-            cost = tokens | {"cpu": json.loads((out / "seconds.json").read_text())["cpu"]}
-            done.append(json.loads((out / "measured.json").read_text()) | cost | {"seed": seed})
-            done[-1]["stage"] = {k: v for x in stages for k, v in x.items()}
-    return done
+    files = [RESULTS / f"cells/{name_of(cell, seed)}.json" for seed in seeds]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-STAGE = set(
-    "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
-)
 ASKED = ("test", "harder", "side", "test_greedy")
 
 
@@ -182,22 +188,20 @@ def summary(done):
     row["pass@8"] = round(1 - wrong.float().mean().item(), 4)
     row["levels"] = {str(i): round(test[:, levels == i].mean().item(), 4) for i in range(1, 7)}
     for key in ("kl", "entropy", "length", "cut", "tokens_generated", "tokens_trained", "cpu"):
-        if key in done[0]:
-            row[key] = round(sum(x[key] for x in done) / len(done), 4)
+        if known := [x[key] for x in done if key in x]:
+            row[key] = round(sum(known) / len(known), 4)
     stages = done[0].get("stage", {})
     row["stage"] = {k: round(sum(x["stage"][k] for x in done) / len(done), 4) for k in stages}
     row["pass@1 by seed"] = [round(x.mean().item(), 4) for x in test]
     return row
 
 
-def report(cells, seeds, runs, write):
-    base = runs / "base"
-    if not (base / "measured.json").exists():
-        base.mkdir(exist_ok=True)
-        (base / "final").symlink_to(ROOT / "tiny/model") if not (base / "final").exists() else None
-        measure(base / "final")
-    every = {cell: done for cell in cells if (done := read(cell, seeds, runs))}
-    rows = {"base": summary([json.loads((base / "measured.json").read_text()) | {"seed": 0}])}
+def report(cells, seeds, write):
+    base = RESULTS / "cells/base-0.json"
+    if not base.exists():
+        base.write_text(json.dumps({"cell": "base", "seed": 0} | measure(ROOT / "tiny/model")) + "\n")
+    every = {cell: done for cell in cells if (done := read(cell, seeds))}
+    rows = {"base": summary([json.loads(base.read_text())])}
     rows |= {cell: summary(done) for cell, done in every.items()}
     compared = []
     for better, worse, number in CLAIMS:
@@ -206,8 +210,8 @@ def report(cells, seeds, runs, write):
             a, b = (shares([x[s] for s in common], number.replace("pass@1", "test")) for x in both)
             compared.append({"better": better, "worse": worse, "number": number, "gain": interval(a - b)})
     if write:
-        target = ROOT / "experiments/results/results.json"
-        target.write_text(json.dumps({"rows": rows, "compared": compared}, indent=1) + "\n")
+        both = {"rows": rows, "compared": compared}
+        (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
     head = "| |pass@1|greedy|pass@8|L1|L2|L3|L4|L5|L6|harder|side|KL|entropy|length|generated|trained|CPU s|"
     print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
     for cell, row in rows.items():
@@ -240,16 +244,18 @@ def main():
     parser.add_argument("--write", action="store_true", help="write experiments/results/results.json, too")
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
+    for folder in (args.runs, RESULTS / "cells"):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if args.measure:
-        return measure(args.measure)
+        (args.measure.parent / "measured.json").write_text(json.dumps(measure(args.measure)))
+        return
     if not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = [pool.submit(run, cell, seed, args.runs) for seed in args.seeds for cell in args.cells]
             for job in jobs:
                 job.result()
-    report(args.cells, args.seeds, args.runs, args.write)
+    report(args.cells, args.seeds, args.write)
 
 
 if __name__ == "__main__":
