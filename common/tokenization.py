@@ -30,11 +30,13 @@ from datasets import get_dataset_split_names, load_dataset
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # what matters of their warnings is demanded below
+datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # an error is said once, as BadInput
 
 
 class BadInput(SystemExit):
@@ -53,6 +55,17 @@ def demand(condition, sentence):
     """Raise BadInput unless the condition holds."""
     if not condition:
         raise BadInput(sentence)
+
+
+def interrupted(kind, error, trace):
+    """Ctrl-C before the first step or after the last one: one line, and Python's own exit by SIGINT."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = interrupted
 
 
 def first_line(error):
@@ -88,9 +101,12 @@ def decode_responses(tokenizer, responses):
 
 def stop_ids(tokenizer, config):
     """Every id that ends a response: the tokenizer's EOS and the model config's (Llama 3 has three)."""
-    more = config.get_text_config().eos_token_id
-    more = more if isinstance(more, list) else [more]
+    more = as_list(config.get_text_config().eos_token_id)
     return sorted({i for i in [tokenizer.eos_token_id, *more] if i is not None})
+
+
+def as_list(ids):
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 # ---- ids -> tensors --------------------------------------------------------------------------------------
@@ -264,6 +280,41 @@ def load_split(path, split, columns, flag="--data"):
     return rows
 
 
+def check_lengths(rows, name, args, demonstrations=False):
+    """Each prompt and its response must fit into the positions of the model, and demonstrations be text.
+
+    A row is encoded only where that is in question: an id stands for a byte at least.
+    """
+    texts = rows[args.solution_key] if args.solution_key in rows.column_names else []
+    for i, text in enumerate(texts):
+        good = text is None or isinstance(text, str)
+        demand(
+            good, f"{name}, row {i}: --solution-key {args.solution_key} is no text; mend or remove the row."
+        )
+    if args.resume:  # the first run has looked
+        return
+    source = f"--model {args.model}"
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    except Exception as error:
+        raise BadInput(f"{source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.") from None
+    try:
+        [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
+    except Exception as error:
+        raise BadInput(f"{source}: its chat template takes no question ({first_line(error)}).") from None
+    positions, budget = getattr(config, "max_position_embeddings", None) or 10**9, args.max_new_tokens
+    for i, question in enumerate(rows[args.question_key]):
+        answer = texts[i] if demonstrations else ""
+        if len(frame) + len(question.encode()) + max(budget, len(answer.encode()) + 1) > positions:
+            [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
+            response = encode_response(tokenizer, answer)[: args.max_demo_tokens] if answer else []
+            need = f"{len(prompt)} tokens of prompt and {max(budget, len(response))} of response"
+            remedy = "lower --max-new-tokens or --max-demo-tokens, or remove the row"
+            fits = len(prompt) + max(budget, len(response)) <= positions
+            demand(fits, f"{name}, row {i}: {need} exceed the model's {positions} positions; {remedy}.")
+
+
 def load_splits(args, extract_answer, check_gold, demonstrations=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
@@ -272,14 +323,17 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
     have a column `gold`; so have training rows, but `demonstrations` need a solution instead.
     """
     ranks()  # from here on one process reports
+    check_arguments(args)
     columns = {"--question-key": args.question_key}
     solution = {"--solution-key": args.solution_key} if demonstrations else {}
     train = load_split(args.data, args.split, columns | solution)
+    check_lengths(train, f"{args.data}, {args.split}", args, bool(solution))
     path = args.eval_data or args.data
     names = split_names(path, "--eval-data")
     split = args.eval_split or ("test" if "test" in names else names[0] if args.eval_data else None)
     if split:
         test = load_split(path, split, columns, "--eval-data")
+        check_lengths(test, f"{path}, {split}", args)
     else:
         demand(len(train) > 1, f"--data {path}: one row cannot be trained on and held out; give --eval-data.")
         print(f"{path} has no split test: every tenth row of {args.split} is held out and not trained on")
@@ -314,27 +368,77 @@ def with_gold(rows, args, extract_answer, check_gold):
 
 # ---- model folders and run folders -----------------------------------------------------------------------
 
-LEAST = {"group_size": 2}  # what a number must be at least, where it is a flag of the script; else 1:
-LEAST |= dict.fromkeys("batch_size micro_batch_tokens max_new_tokens sample_rows eval_questions".split(), 1)
+LOGS = ("metrics.jsonl", "samples.jsonl")
+MODEL_FOLDER = "it has to be a folder or hub name with config.json, a tokenizer and weights in .safetensors"
+
+# what a number must be at least and at most, where it is a flag of the script; of others: 0 and no limit
+LEAST = {"group_size": 2, "no_eos_score": -1e9}
+LEAST |= dict.fromkeys("batch_size micro_batch_tokens max_new_tokens sample_rows eval_questions k".split(), 1)
 LEAST |= dict.fromkeys("epochs_per_batch minibatches prefix_decay_steps max_demo_tokens rounds".split(), 1)
+LEAST |= dict.fromkeys("pair_questions preference_questions reward_epochs".split(), 1)
+MOST = {"steps": 10**6 - 1, "seed": 10**12}  # the draws of step s are those of seed * 10**6 + s
+MOST |= dict.fromkeys("clip_low prefix_entropy_keep demo_fraction lam".split(), 1)
 
 
-def load_model(source, recompute=False):
+def check_arguments(args):
+    """Every flag by itself, before anything is loaded."""
+    for name, given in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {given}"
+        if isinstance(given, (int, float)):
+            least, most = LEAST.get(name, 0), MOST.get(name, float("inf"))
+            demand(isfinite(given), f"{flag}: must be a finite number.")
+            demand(given >= least, f"{flag}: must be at least {least}.")
+            demand(given <= most, f"{flag}: must be at most {most}.")
+    for name in ("temperature", "max_grad_norm"):
+        demand(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0.")
+    rows, parts = args.batch_size * getattr(args, "group_size", 1), getattr(args, "minibatches", 1)
+    demand(parts <= rows, f"--minibatches {parts}: a step has {rows} completions only; lower it.")
+    penalty, budget = getattr(args, "overlong_tokens", 0), args.max_new_tokens
+    demand(penalty <= budget, f"--overlong-tokens {penalty}: must be at most --max-new-tokens {budget}.")
+    asks = "{question}" in args.prompt_template
+    demand(
+        asks, "--prompt-template: the model would not see the question; write {question} where it belongs."
+    )
+
+
+def load_model(source, recompute=False, flag="--model"):
     """Model and tokenizer of a hub name or folder, on the GPU if there is one, without dropout.
 
     Weights are fp32 whatever the file holds: an update at RL's learning rates is below the resolution of
     bf16, Adam at 1e-6 leaves 98 % of bf16 weights unmoved. `--dtype bf16` is autocast over these fp32
     weights. `recompute`: the layers keep their inputs only, for --gradient-checkpointing.
+    Nothing of a folder is executed: its Python files are not imported, pickled weights are not read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        safe = dict(trust_remote_code=False, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **safe
+        )
     except Exception as error:  # one of a dozen types, and every one of them is about the user's folder
-        raise BadInput(f"--model {source} cannot be loaded: {first_line(error)}") from None
+        raise BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.") from None
+    check_model(model, tokenizer, sorted(info["missing_keys"]), f"{flag} {source}")
     for layer in model.modules() if recompute else ():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(recomputed, layer.forward)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # eval(): dropout off
+
+
+def check_model(model, tokenizer, missing, name):
+    """What the scripts count on: all weights, finite; a head that is a plain product; an EOS."""
+    demand(not missing, f"{name} lacks weights ({', '.join(missing[:3])}); take a complete language model.")
+    broken = next((key for key, p in model.named_parameters() if not p.isfinite().all()), None)
+    demand(broken is None, f"{name}: {broken} holds NaN or inf; take an earlier checkpoint.")
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    cap, bias = getattr(config, "final_logit_softcapping", None), getattr(head, "bias", None)
+    plain = "common/logprob.py computes hidden states times weights; take another model"
+    demand(not cap, f"{name}: its logits have a soft cap, and {plain}.")
+    demand(bias is None, f"{name}: its head has a bias, and {plain}.")
+    eos = tokenizer.eos_token_id
+    demand(eos is not None, f"{name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json.")
+    stops = {*stop_ids(tokenizer, config), *as_list(model.generation_config.eos_token_id)}
+    if stops > {*as_list(config.eos_token_id)}:  # Qwen's further EOS ids are in generation_config.json only
+        config.eos_token_id = sorted(stops)
 
 
 def recomputed(forward, *args, **kwargs):
@@ -354,18 +458,17 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
     if optimizer and ranks()[1] > 1:
         optimizer.consolidate_state_dict()  # the moments of all ranks, on the first
     if ranks()[0] == 0:
+        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
         try:
             model.save_pretrained(half)
             tokenizer.save_pretrained(half)
             if optimizer:
-                torch.save(state | {"optimizer": optimizer.state_dict()}, half / "state.pt")
+                state = state | {"optimizer": optimizer.state_dict()}
+                state["written"] = {name: (folder.parent / name).stat().st_size for name in LOGS}
+                torch.save(state, half / "state.pt")
         except Exception as error:  # no space left, in the words of three libraries
             shutil.rmtree(half, ignore_errors=True)
-            whole = [str(path) for path in checkpoints(folder.parent)[-1:]] or ["none"]
-            left = f"whole is: {', '.join(whole)}"
-            raise BadInput(
-                f"--output-dir: {folder} cannot be written ({first_line(error)}); {left}."
-            ) from None
+            raise unwritable(folder, error) from None
         if folder.exists():
             folder.rename(old)
         half.rename(folder)
@@ -375,10 +478,18 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
         dist.barrier()
 
 
+def unwritable(path, error):
+    """No space left, or no right: what still can be used."""
+    whole = ([str(p) for p in checkpoints(path.parent)] or ["none"])[-1]
+    remedy = f"make room and continue with --resume; whole checkpoint: {whole}"
+    return BadInput(f"--output-dir: {path} cannot be written ({first_line(error)}); {remedy}.")
+
+
 def checkpoints(folder):
     """The whole checkpoints of a run, oldest first."""
     numbered = "checkpoint-" + "[0-9]" * 6
-    return sorted([*Path(folder).glob(numbered + ".old"), *Path(folder).glob(numbered)])
+    found = [*Path(folder).glob(numbered + ".old"), *Path(folder).glob(numbered)]
+    return sorted(found, key=lambda path: (path.stem, not path.suffix))
 
 
 def environment():
@@ -397,16 +508,19 @@ def open_run(args):
     checkpoint, and the lines of metrics.jsonl and samples.jsonl that came after it are cut: they will be
     made again.
     """
-    for name, least in LEAST.items():
-        given = getattr(args, name, least)
-        demand(given >= least, f"--{name.replace('_', '-')} {given}: must be at least {least}.")
-    demand(args.temperature > 0, f"--temperature {args.temperature}: must be above 0.")
     out, whole = Path(args.output_dir), checkpoints(args.output_dir)
     state = {"step": 0, "args": vars(args), "skipped": 0}
+    if args.resume and not whole:  # killed before its first checkpoint, or never begun?
+        begun = (out / "args.json").exists() and not (out / "final").exists()
+        demand(begun, f"--resume: there is no checkpoint in {out}; start without --resume.")
+        same_arguments(json.loads((out / "args.json").read_text()), args)  # its name says that it is whole
+        print(f"--resume: there is no checkpoint in {out} yet; the run begins anew")
+        args.resume = False
     if args.resume:
-        demand(whole, f"--resume: there is no checkpoint in {out}; start without --resume.")
         state = load_state(whole[-1], args)
-    model, tokenizer = load_model(whole[-1] if args.resume else args.model, args.gradient_checkpointing)
+        model, tokenizer = load_model(whole[-1], args.gradient_checkpointing, "--resume")
+    else:
+        model, tokenizer = load_model(args.model, args.gradient_checkpointing)
     if ranks()[0] == 0:
         try:
             open_folder(out, state, args, sum(p.nbytes for p in model.parameters()))
@@ -414,7 +528,7 @@ def open_run(args):
             raise BadInput(f"--output-dir {out}: cannot be written ({first_line(error)}).") from None
     if ranks()[1] > 1:
         dist.barrier()
-    return out, state | {"faults": 0, "stop": 0}, model, tokenizer
+    return out, state | {"faults": 0, "stop": 0, "leave": 0}, model, tokenizer
 
 
 def load_state(folder, args):
@@ -422,28 +536,37 @@ def load_state(folder, args):
     try:
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as error:
-        damaged = f"{folder}/state.pt is damaged ({first_line(error)})"
-        raise BadInput(f"--resume: {damaged}; start again without --resume.") from None
-    free = ("resume", "output_dir")  # a run's folder may have been moved
-    changed = [k for k, was in state["args"].items() if k not in free and was != getattr(args, k, None)]
-    demand(not changed, f"--resume: {', '.join(changed)} differ from the first run; give the same arguments.")
+        damaged = f"{folder}/state.pt is damaged or holds more than tensors and numbers"
+        kind = type(error).__name__  # torch's own text advises to execute what is in it
+        raise BadInput(f"--resume: {damaged} ({kind}); start again without --resume.") from None
+    same_arguments(state["args"], args)
     return state
+
+
+def same_arguments(first, args):
+    """Those of the first run, but for the folder, which may have been moved."""
+    now = {k: v for k, v in vars(args).items() if k not in ("resume", "output_dir")}
+    changed = ", ".join(k for k in now if k in first and first[k] != now[k])
+    demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
 
 
 def open_folder(out, state, args, model_bytes):
     """The run's folder, ready for the step after `state`."""
     if args.resume:
-        for file in (out / "metrics.jsonl", out / "samples.jsonl"):
-            lines = file.read_text().split("\n")[:-1]  # a killed run may leave half a line at the end
-            file.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= state["step"]))
+        for name, size in state["written"].items():  # what came after the checkpoint will be made again
+            whole = (out / name).stat().st_size >= size
+            demand(whole, f"--resume: {out / name} has lost lines; start again without --resume.")
+            os.truncate(out / name, size)
         return
-    if (out / "metrics.jsonl").exists():
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    need, free = 6 * model_bytes / 2**30, shutil.disk_usage(place).free / 2**30
+    room = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"  # weights, two moments; old and new
+    demand(need <= free, f"--output-dir {out}: {room}; make room or take another folder.")
+    if (out / "metrics.jsonl").exists() or checkpoints(out):
         out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args) | environment(), indent=1))
-    need, free = 6 * model_bytes, shutil.disk_usage(out).free  # weights and two moments, old and new
-    need, free = f"{need / 2**30:.1f}", f"{free / 2**30:.1f}" if need > free else None
-    demand(free is None, f"--output-dir {out}: {free} GiB free, two checkpoints take {need} GiB.")
+    (out / "args.json.half").write_text(json.dumps(vars(args) | environment(), indent=1))
+    (out / "args.json.half").rename(out / "args.json")  # half a file has no name
 
 
 def steps(state, last):
@@ -466,9 +589,9 @@ def steps(state, last):
                 bar.update()
                 faults = "not finite in three updates running; lower --lr, look at the last samples"
                 demand(state["faults"] < 3, f"step {state['step']}: the gradient is {faults}.")
-                if state["stop"]:
+                if state["leave"]:
                     print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
-                    sys.exit(128 + state["stop"])
+                    sys.exit(128 + state["leave"])
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
@@ -483,8 +606,9 @@ def finite(norm, state):
 
 def due(state, every):
     """Whether this step ends with a checkpoint: every so many do, and one after which the run stops."""
-    state["stop"] = int(reduce(torch.tensor(state["stop"]), "MAX"))  # all ranks or none
-    return state["stop"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
+    # all ranks or none; a signal that comes after this ends the next step
+    state["leave"] = int(reduce(torch.tensor(state["stop"]), "MAX"))
+    return state["leave"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
 
 
 def log(out, metrics, samples=()):
@@ -494,9 +618,12 @@ def log(out, metrics, samples=()):
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
     samples = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
-    for name, lines in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-        with open(out / name, "a") as file:
-            file.writelines(json.dumps({"step": metrics["step"]} | line) + "\n" for line in lines)
+    for name, lines in zip(LOGS, ([metrics], samples)):
+        try:
+            with open(out / name, "a") as file:
+                file.writelines(json.dumps({"step": metrics["step"]} | line) + "\n" for line in lines)
+        except OSError as error:
+            raise unwritable(out / name, error) from None
     first, levels = list(metrics)[:6], metrics.get("levels", {})
     shown = [k for k in metrics if k in first or k == "accuracy" or "pass@" in k]
     tqdm.write("  ".join(f"{k} {metrics[k]:.4g}" for k in shown if k != "levels"))

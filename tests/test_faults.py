@@ -1,0 +1,638 @@
+"""What can go wrong around a run: kill -9, signals, NaN, full disks, bad input, hostile files.
+
+Runs are children of this process by fork: no imports, exact moments, and a real death. KILLS=30 pytest
+tests/test_faults.py kills every script at thirty random moments instead of two.
+"""
+
+import ast
+import importlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, same_metrics, same_weights, write_jsonl
+
+import common.tokenization as tok
+
+MORE = {  # beside BASE: what makes a run of a second with every stage in it
+    "sft": "",
+    "rft_rejection": "--k 3 --questions 6 --rounds 2 --steps 2",
+    "idft_hinted": "--max-new-tokens 40",
+    "dpo": "--k 4 --pair-questions 6",
+    "grpo": "--group-size 3 --kl-coef 0.1",
+    "prefix_rft": "--group-size 3 --kl-coef 0.1 --minibatches 2",
+    "rlhf_ppo": "--group-size 3 --preference-questions 8",
+}
+BASE = "--steps 3 --save-every 1 --batch-size 2 --max-new-tokens 20 --eval-questions 2 --eval-samples 0"
+SCRIPTS = {name: importlib.import_module(name) for name in MORE if (ROOT / f"{name}.py").exists()}
+KILLS = int(os.environ.get("KILLS", 2))
+
+
+@pytest.fixture(scope="module")
+def flags(data):
+    """flags(name, out, *more): the argument list of a run of about a second; what comes later in it wins."""
+    model, tokenizer = tok.load_model(ROOT / "tiny/model")  # imported and cached here, for all children
+    tok.encode_prompts(tokenizer, ["?"])
+    for split in ("train", "test"):
+        tok.load_split(data, split, {})
+
+    def make(name, out, *more):
+        base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --warmup-steps 0 {BASE}"
+        return [*base.split(), *MORE[name].split(), *map(str, more)]
+
+    return make
+
+
+def fork(log, script, flags, before=lambda: None):
+    """main() of a script in a child process; its pid. What it says is in the file `log`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)
+        before()
+        script.main(script.parse_args(flags))
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def status(pid):
+    """Exit status of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def child(flags, tmp_path_factory):
+    """child(name, out, *more, before=...): exit status and what was said."""
+    folder = tmp_path_factory.mktemp("said")
+
+    def go(name, out, *more, before=lambda: None):
+        end = status(fork(folder / name, SCRIPTS[name], flags(name, out, *more), before))
+        return end, (folder / name).read_text()
+
+    return go
+
+
+CALLS = 0  # of functions so far, counted by sys.setprofile: a clock that does not depend on the machine
+
+
+def count(until=None, begin=None, total=None):
+    """Count calls; kill this process at call number `until`. `begin`, `total`: files for the numbers."""
+    open_folder = tok.open_folder
+
+    def watch(frame, event, arg):
+        global CALLS
+        CALLS += 1
+        if CALLS == until:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def opened(*args):
+        open_folder(*args)
+        Path(begin).write_text(str(CALLS))
+
+    if begin:
+        tok.open_folder = opened
+        exit_ = os._exit
+        os._exit = lambda code: (Path(total).write_text(str(CALLS)), exit_(code))
+    sys.setprofile(watch)
+
+
+@pytest.fixture(scope="module")
+def whole(child, tmp_path_factory):
+    """whole(name): the folder of an uninterrupted run, and the calls it had made at two moments:
+
+    when its folder was there and at its end."""
+    done, folder = {}, tmp_path_factory.mktemp("whole")
+
+    def get(name):
+        if name not in done:
+            marks = [folder / f"{name}-{mark}" for mark in ("begin", "total")]
+            end, said = child(name, folder / name, before=lambda: count(None, *marks))
+            assert end == 0, said
+            done[name] = folder / name, *(int(mark.read_text()) for mark in marks)
+        return done[name]
+
+    return get
+
+
+def same_run(a, b):
+    """Every number, text and weight of two finished runs."""
+    same_metrics(a, b)
+    assert read_jsonl(a / "samples.jsonl") == read_jsonl(b / "samples.jsonl")
+    same_weights(a / "final", b / "final")
+    assert not list(a.glob("*.half")) and not list(a.glob("*.old"))
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(name, whole, child, tmp_path):
+    """Sampling, training, between two files of a checkpoint: wherever, however often."""
+    finished, begin, total = whole(name)
+    dice, reached = random.Random(name), []
+    for i in range(KILLS):
+        out, left = tmp_path / f"run{i}", KILLS > 2 and dice.random() < 0.3  # some die twice
+        moment = dice.randint(begin + 1, total)
+        end, said = child(name, out, before=lambda m=moment: count(m))
+        assert end == -signal.SIGKILL or (end == 0 and moment > 0.95 * total), said  # a bar counts time, too
+        reached.append(len(tok.checkpoints(out)))
+        if left:
+            child(name, out, "--resume", before=lambda m=moment: count(dice.randint(m // 2, m)))
+        end, said = child(name, out, "--resume")
+        assert end == 0, f"killed at call {moment} of {total}: {said}"
+        same_run(out, finished)
+        shutil.rmtree(out)
+    assert KILLS < 30 or {0, 1} <= set(reached)  # before the first checkpoint, and after
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_while_it_saves(name, whole, flags, child, tmp_path):
+    """As soon as there is a half checkpoint: that of step 1, of step 2, or of the sampling before them."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    pid, deadline = fork(log, SCRIPTS[name], flags(name, out)), time.time() + 120
+    while not list(out.glob("checkpoint-*.half/*")) and time.time() < deadline:
+        time.sleep(0.0002)
+    os.kill(pid, signal.SIGKILL)
+    assert status(pid) == -signal.SIGKILL, log.read_text()
+    end, said = child(name, out, "--resume")
+    assert end == 0, said
+    aside = tmp_path / "run.1"  # where it had no whole checkpoint yet, the run began anew
+    assert aside.exists() or "begins anew" not in said
+    same_run(out, whole(name)[0])
+
+
+# ---- signals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, number", [*((n, signal.SIGTERM) for n in SCRIPTS), ("sft", signal.SIGINT)])
+def test_a_signal_ends_a_run_after_its_step(name, number, whole, child, tmp_path):
+    """In the middle of step 1: it is finished and saved; --resume goes on."""
+    out, logged = tmp_path / "run", []
+
+    def hit():
+        log = tok.log
+
+        def once(folder, metrics, *samples):
+            if metrics["step"] == 1 and "lr" in metrics and not logged:
+                logged.append(os.kill(os.getpid(), number))
+            log(folder, metrics, *samples)
+
+        tok.log = once
+
+    end, said = child(name, out, before=hit)  # SIGTERM: 143, SIGINT: 130
+    assert end == 128 + number and "Traceback" not in said and "stopped after step 1" in said, said
+    assert [path.name for path in tok.checkpoints(out)] == ["checkpoint-000001"]
+    assert read_jsonl(out / "metrics.jsonl")[-1]["step"] == 1 and not (out / "final").exists()
+    end, said = child(name, out, "--resume")
+    assert end == 0, said
+    same_run(out, whole(name)[0])
+
+
+def test_signals_to_a_process(spawn, tmp_path):
+    """As a user: Ctrl-C while it loads and kill while it trains; no traceback in either."""
+    out = tmp_path / "run"
+    for number, code, mark in (
+        (signal.SIGINT, -signal.SIGINT, "args.json"),
+        (signal.SIGTERM, 143, "checkpoint-000001"),
+    ):
+        process = spawn("sft", out, "--steps", 5000, "--save-every", 1)
+        deadline = time.time() + 240
+        while not (out / mark).exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == code and "Traceback" not in stderr, stderr
+        assert ("interrupted: --resume" if code < 0 else "stopped after step") in stderr
+    step = read_jsonl(out / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in tok.checkpoints(out)] == [f"checkpoint-{step:06}"]
+
+
+# ---- what is not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
+    name, flags, tmp_path, monkeypatch, capsys
+):
+    """NaN in the loss of steps 2, 4, 5 and 6: counted, no weight moved; what is left can be continued."""
+    script, out, now, model, seen = SCRIPTS[name], tmp_path / "run", [0], [], []
+    open_run, steps, logprobs = tok.open_run, tok.steps, script.logprobs
+
+    def watched(state, last):
+        for now[0] in steps(state, last):
+            yield now[0]
+            seen.append(torch.cat([p.detach().view(-1).clone() for p in model[0].parameters()]))
+
+    def faulty(*args):
+        bad = torch.is_grad_enabled() and now[0] in (2, 4, 5, 6)
+        return tuple(x * float("nan") if bad else x for x in logprobs(*args))
+
+    monkeypatch.setattr(tok, "open_run", lambda args: model.append((run := open_run(args))[2]) or run)
+    monkeypatch.setattr(tok, "steps", watched)
+    monkeypatch.setattr(script, "logprobs", faulty)
+    more = ("--steps", 7, "--rounds", 1) if name == "rft_rejection" else ("--steps", 7, "--save-every", 0)
+    more += ("--minibatches", 1) if name == "prefix_rft" else ()
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args(flags(name, out, *more)))
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and "error: step 6: the gradient is not finite in three" in said
+    lines = [line for line in read_jsonl(out / "metrics.jsonl") if "skipped" in line]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 4]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[4])
+    assert not torch.equal(seen[1], seen[2])  # step 3 trains as if nothing had been
+    [checkpoint] = tok.checkpoints(out)
+    assert checkpoint.name == "checkpoint-000006"
+    saved = tok.load_model(checkpoint)[0].parameters()
+    assert torch.equal(torch.cat([p.detach().view(-1) for p in saved]), seen[2])
+    now[0] = 0
+    monkeypatch.setattr(tok, "steps", steps)
+    script.main(script.parse_args(flags(name, out, *more, "--resume")))
+    last = read_jsonl(out / "metrics.jsonl")[-1]
+    assert last["step"] == 7 and last["skipped"] == 4 and last["loss"] == last["loss"]
+
+
+# ---- full disks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("megabytes", [2, 5])  # the weights have 3.7, the state with Adam's moments has 7.3
+@pytest.mark.parametrize("name", ["sft", "rft_rejection", "dpo"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(name, megabytes, whole, child, tmp_path):
+    """No file may grow above the limit, in a run that resumes from step 1: one sentence, and nothing half."""
+    out = tmp_path / "run"
+
+    def stop():
+        tok.due = lambda state, every: state.update(leave=15) or True
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 10**6, resource.RLIM_INFINITY))
+
+    assert child(name, out, before=stop)[0] == 143
+    before = {path: path.read_bytes() for path in (out / "checkpoint-000001").iterdir()}
+    end, said = child(name, out, "--resume", before=full)
+    assert end == 2 and "Traceback" not in said, said
+    [line] = [line for line in said.splitlines() if "error: " in line]
+    assert "checkpoint-00000" in line and f"whole checkpoint: {out}/checkpoint-000001" in line, line
+    assert {path: path.read_bytes() for path in (out / "checkpoint-000001").iterdir()} == before
+    assert not list(out.glob("*.half")) and tok.checkpoints(out) == [out / "checkpoint-000001"]
+    end, said = child(name, out, "--resume")
+    assert end == 0, said
+    same_run(out, whole(name)[0])
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(child, tmp_path):
+    """/dev/full has no space left."""
+    out, mkdir = tmp_path / "run", Path.mkdir
+
+    def full():
+        def then_full(path, *args, **more):
+            mkdir(path, *args, **more)
+            if path == out:
+                (out / "metrics.jsonl").symlink_to("/dev/full")
+
+        Path.mkdir = then_full
+
+    end, said = child("sft", out, before=full)
+    assert end == 2 and "Traceback" not in said and "metrics.jsonl cannot be written ([Errno 28]" in said
+
+
+def test_too_little_space_is_said_before_anything_is_moved(flags, tmp_path, monkeypatch, capsys):
+    out, sft = tmp_path / "run", SCRIPTS["sft"]
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("mine")
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10**7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SystemExit, match="0.0 GiB free, two checkpoints take 0.0 GiB") as stop:
+        sft.main(sft.parse_args(flags("sft", out)))
+    assert stop.value.code == 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (out / "metrics.jsonl").read_text() == "mine"
+
+
+# ---- bad input -------------------------------------------------------------------------------------------
+
+DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft")
+BAD = {  # flags: what the sentence says, and of which scripts
+    "--model nowhere/at-all": "--model nowhere/at-all cannot be loaded",
+    "--model {data}": "it has to be a folder or hub name with config.json",
+    "--data nowhere/at-all": "--data nowhere/at-all: no data file, folder or hub name",
+    "--data {empty_folder}": "empty_folder: no data file, folder or hub name",
+    "--eval-data nowhere/at-all": "--eval-data nowhere/at-all",
+    "--data {words}": "the name of a data file must end in",
+    "--data {empty}": "empty.jsonl: the file is empty",
+    "--data {no_rows}": "no_rows.csv: train ",
+    "--data {broken}": "broken.jsonl: train cannot be read",
+    "--data {binary}": "binary.parquet",
+    "--data {one} ": "one row cannot be trained on and held out",
+    "--question-key questoin": "--question-key questoin: no such column in {data}, only question, answer",
+    "--solution-key solutoin": ("--solution-key solutoin: no such column", DEMONSTRATIONS),
+    "--answer-key {nothing} --solution-key {nothing}": ("no such column", ("grpo", "dpo")),
+    "--split trian": "no split trian, only",
+    "--eval-split tset": "no split tset, only",
+    "--data {blank} --eval-data {data}": "blank.jsonl, train, row 1: --question-key question holds no text",
+    "--data {null} --eval-data {data}": "null.jsonl, train, row 1: --question-key question holds no text",
+    "--data {number} --eval-data {data}": "number.jsonl, train, row 0: --question-key question holds no text",
+    "--eval-data {number}": "number.jsonl, train, row 0: --question-key question holds no text",
+    "--data {no_demo} --eval-data {data}": ("row 1: --solution-key solution ", ("sft", "idft_hinted")),
+    "--data {number_demo} --eval-data {data}": ("row 0: --solution-key solution", DEMONSTRATIONS),
+    "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", "grpo", "prefix_rft")),
+    "--eval-data {golds}": ("not one gold answer parses", [name for name in MORE if name != "rlhf_ppo"]),
+    "--data {long} --eval-data {data}": "long.jsonl, train, row 1: ",
+    "--eval-data {long}": "exceed the model's 2048 positions; lower --max-new-tokens",
+    "--max-new-tokens 2040": "train, row 0: ",
+    "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
+    "--prompt-template Solve": "--prompt-template: the model would not see the question",
+    "--temperature 0": "--temperature 0.0: must be above 0",
+    "--max-grad-norm 0": "--max-grad-norm 0.0: must be above 0",
+    "--lr inf": "--lr inf: must be a finite number",
+    "--minibatches 7": ("--minibatches 7: a step has 6 completions only", ("grpo", "prefix_rft", "rlhf_ppo")),
+    "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
+    "--resume": "--resume: there is no checkpoint in ",
+    "--output-dir {file}/run": "cannot be written",
+    "--output-dir {file}": "cannot be written",
+    "--output-dir /proc/run": "--output-dir /proc/run: ",
+}  # fmt: skip
+BAD_MODELS = {
+    "no_eos": "its tokenizer has no EOS; set eos_token",
+    "cut": "cannot be loaded",
+    "lacks": "lacks weights (model.layers.",
+    "nan": "model.norm.weight holds NaN or inf",
+    "template": "its chat template takes no question",
+    "no_tokenizer": "cannot be loaded",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, data):
+    """Names in braces of BAD: files and folders with something wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = {"question": "a?", "answer": "1", "solution": "1"}
+    rows = {
+        "one": [good],
+        "blank": [good, good | {"question": " "}],
+        "null": [good, good | {"question": None}],
+        "number": [good | {"question": 7}] * 12,
+        "no_demo": [good, good | {"solution": ""}, good],
+        "number_demo": [good | {"solution": 7}] * 12,
+        "golds": [good | {"answer": ""}] * 12,
+        "long": [good, good | {"question": "word " * 3000}] * 6,
+        "long_demo": [good, good | {"solution": "word " * 3000}] * 6,
+    }
+    for name, lines in rows.items():
+        write_jsonl(folder / f"{name}.jsonl", lines)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "no_rows.csv").write_text("question,answer,solution\n")
+    (folder / "broken.jsonl").write_text('{"question": "a"\nnonsense\n')
+    (folder / "binary.parquet").write_bytes(bytes(range(256)))
+    (folder / "empty_folder").mkdir()
+    (folder / "file").write_text("")
+    (folder / "words.txt").write_text("a?")
+    return {path.stem: str(path) for path in folder.iterdir()} | {"data": data, "nothing": "x"}
+
+
+def refused(script, argv, capsys):
+    """The one line that a run answers bad input with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args(argv))
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said.startswith("error: ") and said.endswith("."), said
+    assert len(said.splitlines()) == 1, said
+    return said
+
+
+def tree(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder with a run that nothing may touch."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("mine")
+    return out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bad_input_is_answered_by_one_sentence(name, flags, files, earlier, capsys):
+    """Exit status 2, one line on stderr that names flag, file or row; an earlier run stays as it is."""
+    before = tree(earlier.parent)
+    for given, expected in BAD.items():
+        words, which = expected if isinstance(expected, tuple) else (expected, SCRIPTS)
+        if name in which:
+            said = refused(SCRIPTS[name], flags(name, earlier, *given.format(**files).split()), capsys)
+            assert words.replace("{data}", files["data"]) in said, (given, said)
+            assert tree(earlier.parent) == before, given
+
+
+def test_bad_input_of_a_process(spawn, files, tmp_path):
+    """The libraries under it say nothing of their own."""
+    process = spawn("sft", tmp_path / "run", "--data", files["broken"])
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2 and stderr.startswith("error: --data ") and not stdout
+    assert len(stderr.splitlines()) == 1, stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_number_out_of_range_is_named(name, flags, earlier, capsys):
+    """Every flag that is a number, in every script: one below its least value, and NaN where it may be."""
+    numbers = {k: v for k, v in vars(SCRIPTS[name].parse_args([])).items() if type(v) in (int, float)}
+    assert {"lr", "batch_size", "max_new_tokens", "seed", "eval_samples"} <= numbers.keys()
+    for key, default in numbers.items():
+        flag = "--" + key.replace("_", "-")
+        bad = [tok.LEAST.get(key, 0) - 1] + [tok.MOST.get(key, 0) + 1] * (key in tok.MOST)
+        bad += ["nan", "inf"] if isinstance(default, float) else []
+        for value in bad:
+            said = refused(SCRIPTS[name], flags(name, earlier, f"{flag}={value}"), capsys)
+            assert said.startswith(f"error: {flag} {value}"), said
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unknown_flag_or_word_is_named(name, flags, tmp_path, capsys):
+    for more in ("--learning-rate 1", "--batch-size many", "--dtype fp16", "--schedule"):
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[name].parse_args(flags(name, tmp_path, *more.split()))
+        assert stop.value.code == 2 and more.split()[0] in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Names of BAD_MODELS: copies of the embedded model with one thing broken."""
+    root = tmp_path_factory.mktemp("models")
+    made = {name: shutil.copytree(ROOT / "tiny/model", root / name) for name in BAD_MODELS}
+    (made["no_tokenizer"] / "tokenizer.json").unlink()
+    settings = json.loads((made["no_eos"] / "tokenizer_config.json").read_text())
+    (made["no_eos"] / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    (made["template"] / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    file = made["cut"] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: 10**6])
+    for name, change in (("nan", "model.norm.weight"), ("lacks", None)):
+        weights, _ = tok.load_model(ROOT / "tiny/model")
+        state = weights.state_dict()
+        state.pop("lm_head.weight")
+        if change:
+            state[change][3] = float("nan")
+        weights.save_pretrained(made[name], state_dict=state if change else dict(list(state.items())[:20]))
+    return made
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_a_broken_model_folder_is_refused(name, kind, models, flags, earlier, capsys):
+    said = refused(SCRIPTS[name], flags(name, earlier, "--model", models[kind]), capsys)
+    assert said.startswith(f"error: --model {models[kind]}") and BAD_MODELS[kind] in said
+    assert (earlier / "metrics.jsonl").read_text() == "mine"
+
+
+def cut_file(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class Trap:
+    """Pickled, it is a command that makes a file when it is read."""
+
+    def __init__(self, mark):
+        self.command = f"touch {mark}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+BAD_RESUMES = {  # what is done to a finished run: what the sentence says
+    "state cut": (lambda c: cut_file(c / "state.pt"), "state.pt is damaged"),
+    "state gone": (lambda c: (c / "state.pt").unlink(), "state.pt is damaged"),
+    "state is a trap": (
+        lambda c: (c / "state.pt").write_bytes(pickle.dumps(Trap(c.parent / "sprung"))),
+        "is damaged",
+    ),
+    "weights cut": (lambda c: cut_file(c / "model.safetensors"), "--resume {c} cannot be loaded"),
+    "weights gone": (lambda c: (c / "model.safetensors").unlink(), "--resume {c} cannot be loaded"),
+    "config gone": (lambda c: (c / "config.json").unlink(), "--resume {c} cannot be loaded"),
+    "log shorter": (lambda c: cut_file(c.parent / "metrics.jsonl"), "metrics.jsonl has lost lines"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_damaged_checkpoint_or_other_arguments_do_not_resume(name, whole, flags, tmp_path, capsys):
+    """And the damaged folder stays for whoever wants to mend it."""
+    for kind, (damage, words) in BAD_RESUMES.items():
+        out = shutil.copytree(whole(name)[0], tmp_path / kind.replace(" ", "_"))
+        [checkpoint] = tok.checkpoints(out)
+        damage(checkpoint)
+        before = tree(out)
+        said = refused(SCRIPTS[name], flags(name, out, "--resume"), capsys)
+        assert words.format(c=checkpoint) in said, (kind, said)
+        assert tree(out) == before and not (out / "sprung").exists()
+        shutil.rmtree(out)
+    out = whole(name)[0]
+    for more in ("--lr 1e-5", "--seed 1", "--batch-size 1 --eval-samples 1", "--model elsewhere"):
+        changed = ", ".join(word[2:].replace("-", "_") for word in more.split() if word.startswith("--"))
+        said = refused(SCRIPTS[name], flags(name, out, "--resume", *more.split()), capsys)
+        assert set(changed.split(", ")) == set(said.split(": ")[2].split(" differ")[0].split(", ")), said
+
+
+def test_a_run_without_checkpoint_begins_anew_with_the_same_arguments_only(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    sft = SCRIPTS["sft"]
+    sft.main(sft.parse_args(flags("sft", out, "--steps", 1, "--save-every", 0)))
+    said = refused(sft, flags("sft", out, "--steps", 1, "--save-every", 0, "--resume"), capsys)
+    assert "there is no checkpoint" in said  # a finished one
+    shutil.rmtree(out / "final")
+    said = refused(sft, flags("sft", out, "--steps", 2, "--save-every", 0, "--resume"), capsys)
+    assert "--resume: steps differ" in said
+    sft.main(sft.parse_args(flags("sft", out, "--steps", 1, "--save-every", 0, "--resume")))
+    assert "begins anew" in capsys.readouterr().out and (out / "final").exists()
+    same_metrics(out, tmp_path / "run.1")
+
+
+# ---- what others have written ----------------------------------------------------------------------------
+
+
+def test_nothing_in_a_data_folder_is_executed(flags, earlier, data, tmp_path, capsys):
+    """A loading script is refused; Python beside the data is not looked at; nor is text a template."""
+    mark, sft = tmp_path / "sprung", SCRIPTS["sft"]
+    code = f"import os\nos.system('touch {mark}')\n"
+    with_script, beside = tmp_path / "harmless", tmp_path / "beside"
+    for folder in (with_script, beside):
+        shutil.copytree(data, folder)
+    (with_script / "harmless.py").write_text(code)
+    (beside / "conftest.py").write_text(code)
+    (beside / "__init__.py").write_text(code)
+    said = refused(sft, flags("sft", earlier, "--data", with_script), capsys)
+    assert "scripts are no longer supported" in said
+    trap = (
+        "{{ ''.__class__ }} {0.__class__} ${HOME} __import__('os').system('touch " + f"{mark}') \\boxed{{1}}"
+    )
+    rows = read_jsonl(beside / "train.jsonl")
+    write_jsonl(beside / "train.jsonl", [row | {"question": trap, "solution": trap} for row in rows])
+    sft.main(sft.parse_args(flags("sft", tmp_path / "out", "--data", beside, "--steps", 1)))
+    tokenizer = tok.load_model(ROOT / "tiny/model")[1]
+    assert trap in tokenizer.decode(tok.encode_prompts(tokenizer, [trap])[0])
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/train.pkl").write_bytes(pickle.dumps(Trap(mark)))
+    refused(sft, flags("sft", earlier, "--data", tmp_path / "pickled"), capsys)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("kind", ["remote code", "remote code of a known type", "remote tokenizer", "pickle"])
+def test_nothing_in_a_model_folder_is_executed(name, kind, flags, earlier, tmp_path, capsys, monkeypatch):
+    """auto_map is refused or ignored, a pickled weight file is not opened; nobody is asked y/N."""
+    mark, folder = tmp_path / "sprung", shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {mark}')\nclass Model: ...\n")
+    config, settings = (
+        json.loads((folder / f).read_text()) for f in ("config.json", "tokenizer_config.json")
+    )
+    if "code" in kind:
+        config["auto_map"] = {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+        config |= {} if "known" in kind else {"model_type": "evil"}
+    if "tokenizer" in kind:
+        settings |= {"auto_map": {"AutoTokenizer": ["evil.Model", "evil.Model"]}, "tokenizer_class": "Model"}
+    if kind == "pickle":
+        torch.save({"model.norm.weight": Trap(mark)}, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if "known" not in kind:
+        said = refused(SCRIPTS[name], flags(name, earlier, "--model", folder), capsys)
+        assert f"--model {folder} cannot be loaded" in said and "weights in .safetensors" in said
+    elif name in ("sft", "grpo"):
+        SCRIPTS[name].main(SCRIPTS[name].parse_args(flags(name, earlier, "--model", folder, "--steps", 0)))
+    assert not mark.exists()
+
+
+def test_the_trap_springs_where_it_is_touched(tmp_path):
+    """What the tests above plant is real."""
+    torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "file")
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "sprung").exists()
+
+
+def test_sources_load_nothing_that_could_run():
+    """No trust_remote_code, no pickle, no eval in scripts and common."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+        text = path.read_text()
+        calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        names = {f.id for f in calls if isinstance(f, ast.Name)}
+        assert not names & {"eval", "exec", "compile", "__import__"}, path.name
+        for word in ("trust_remote_code=True", "weights_only=False", "import pickle"):
+            assert word not in text, f"{path.name}: {word}"
+        assert text.count("torch.load(") == text.count("weights_only=True")
+        assert text.count(".from_pretrained(") == text.count("trust_remote_code=False"), path.name
