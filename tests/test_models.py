@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, read_jsonl
+from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -27,6 +27,7 @@ from transformers import (
 import common.tokenization as tok
 import grpo
 import sft
+from experiments import memory
 
 QUESTIONS = ["Compute 1 + 1.", "Who?", "What is the median of 75, 60, 21, 3, 8?", "a b " * 12]
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
@@ -344,16 +345,46 @@ def test_sft_lowers_the_loss_of_a_real_model(smollm2, run, tmp_path):
 
 
 @pytest.mark.real_model
-def test_grpo_trains_a_real_model(smollm2, run, tmp_path, monkeypatch):
-    """Rewards of a group have to differ: here a response is right if it is short, which it can learn."""
-    monkeypatch.setattr(grpo, "math_reward", lambda texts, golds: [float(len(x) < 60) for x in texts])
+def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
+    """Sums of two numbers: it answers some of them right, so groups differ and there is a gradient."""
+    sums = [
+        {"question": f"What is {a} + {b}?", "answer": str(a + b)}
+        for a in (3, 14, 27)
+        for b in range(5, 50, 3)
+    ]
     out = run(
         "grpo",
         tmp_path / "run",
-        *("--model", smollm2, "--steps", 3, "--lr", 1e-5, "--schedule", "constant", "--save-every", 0),
-        *("--max-new-tokens", 32, "--eval-questions", 2, "--eval-samples", 0, "--batch-size", 2),
+        *("--data", write_jsonl(tmp_path / "sums.jsonl", sums), "--model", smollm2, "--save-every", 0),
+        *("--steps", 3, "--lr", 1e-5, "--schedule", "constant", "--batch-size", 4, "--group-size", 4),
+        *("--max-new-tokens", 32, "--eval-questions", 2, "--eval-samples", 0, "--temperature", 0.4),
     )
     lines = read_jsonl(out / "metrics.jsonl")[1:]
     assert all(v == v for line in lines for v in line.values() if isinstance(v, float))
-    assert lines[-1]["skipped"] == 0 and sum(line["grad_norm"] for line in lines) > 0
+    assert 0 < sum(line["reward"] for line in lines) < 3 and sum(line["grad_norm"] for line in lines) > 0
+    assert lines[-1]["skipped"] == 0 and len(read_jsonl(out / "samples.jsonl")) == 6
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(out / "final").parameters())
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [4, 2])
+def test_the_computed_memory_of_a_layer_is_what_torch_keeps(b):
+    """Every storage that autograd holds for a second layer, counted: to the byte what memory.py says."""
+    shape, tokens, held = (1, 64, 160, 100, 4, 2, 16, True), torch.randint(100, (1, 256)), []
+    layers, d, f, v, q, k, h, tied = shape
+    size = dict(hidden_size=d, intermediate_size=f, num_attention_heads=q, num_key_value_heads=k)
+    for n in (1, 2):
+        config = Qwen2Config(vocab_size=v, num_hidden_layers=n, tie_word_embeddings=tied, **size)
+        model, kept = AutoModelForCausalLM.from_config(config).eval(), []
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=b == 2)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            with autocast:
+                model.base_model(tokens, use_cache=False)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+        held.append(sum(size for at, size in storages.items() if at not in weights))
+    copies = 2 * memory.parameters(shape)[1] if b == 2 else 0
+    assert held[1] - held[0] == 256 * memory.layer(shape, b) + copies
+    assert sum(p.numel() for p in model.parameters()) == memory.parameters((2, *shape[1:]))[0]

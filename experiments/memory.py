@@ -1,0 +1,75 @@
+"""Memory per GPU of a training step, computed from a model's shape, for the table in the README.
+
+    python experiments/memory.py --tokens 8192           # --micro-batch-tokens of the run; bf16 autocast
+
+Nothing is measured here. With P parameters, n ranks, T tokens in a micro-batch, L layers, width D, MLP width
+F, q query and k key-value heads of width h, and b bytes per activation (2 under --dtype bf16, else 4):
+
+    weights    4 P              fp32, on every rank; --kl-coef above 0 loads a second, frozen set
+    gradients  4 P              fp32, on every rank, summed over ranks once per optimizer step
+    Adam       8 P / n          two fp32 moments; under torchrun a rank has those of its share (ZeRO 1)
+    copies     2 P'             autocast's bf16 copies of the layers' matrices P', until the backward pass
+    a layer    T (16 D          inputs of two norms, and what they have normalised, fp32
+                + 10 D or 8 D   inputs of q, k, v, gate, up: five bf16 copies, or two shared fp32 tensors
+                + 4 F b         gate, SiLU(gate), up, their product
+                + 2 b h (q + k) q, k, v and the attention's output
+                + 8 + 4 q)      scalars of the norms, log-sum-exp of the attention
+    head       16 T D           final norm, hidden states and their gradient; logits [T, V] never exist
+
+--gradient-checkpointing keeps only the fp32 input of each layer, 4 T D, and one layer at a time in full. Not
+counted: CUDA's context, work spaces and fragments (allow 2 GiB); the KV cache of sampling, 2 L k h b bytes
+per token, which is gone when a step trains; temporaries of Adam, about 4 P / n, when activations are gone.
+"""
+
+import argparse
+
+GIB = 2**30
+SHAPES = {  # of the models' config.json: L, D, F, V, q, k, h, is the head the embedding?
+    "Qwen2.5-0.5B": (24, 896, 4864, 151936, 14, 2, 64, True),
+    "Qwen2.5-1.5B": (28, 1536, 8960, 151936, 12, 2, 128, True),
+    "Qwen2.5-7B": (28, 3584, 18944, 152064, 28, 4, 128, False),
+}
+
+
+def parameters(shape):
+    """P and P'."""
+    layers, d, f, v, q, k, h, tied = shape
+    matrices = layers * (2 * d * h * (q + k) + 3 * d * f)  # q and output, k and v; gate, up and down
+    vectors = layers * (h * (q + 2 * k) + 2 * d) + d  # biases of q, k, v; norms
+    return matrices + vectors + v * d * (1 if tied else 2), matrices
+
+
+def layer(shape, b):
+    """Bytes that one layer keeps per token for its backward pass."""
+    _, d, f, _, q, k, h, _ = shape
+    return 16 * d + (10 if b == 2 else 8) * d + 4 * f * b + 2 * b * h * (q + k) + 8 + 4 * q
+
+
+def total(shape, tokens, recompute, ranks, b=2):
+    """Bytes on one GPU."""
+    (p, matrices), layers, d = parameters(shape), shape[0], shape[1]
+    activations = layers * 4 * d + layer(shape, b) if recompute else layers * layer(shape, b)
+    copies = 2 * matrices if b == 2 else 0
+    return 8 * p + 8 * p / ranks + copies + tokens * (activations + 16 * d)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192, help="--micro-batch-tokens")
+    tokens = parser.parse_args().tokens
+    columns = "weights | gradients | Adam, 1 / 8 / 16 GPUs | bf16 copies | activations | … recomputed"
+    print(
+        f"| GiB per GPU, computed | {columns} | all: 1 GPU | 1, recomputed | 8, recomputed | 16, recomputed |"
+    )
+    print("| --- " * 11 + "|")
+    for name, shape in SHAPES.items():
+        p, matrices = parameters(shape)
+        adam = " / ".join(f"{8 * p / n / GIB:.1f}" for n in (1, 8, 16))
+        parts = [total(shape, tokens, r, 1) - total(shape, 0, r, 1) for r in (False, True)]
+        whole = [total(shape, tokens, r, n) for r, n in ((False, 1), (True, 1), (True, 8), (True, 16))]
+        gib = [f"{x / GIB:.1f}" for x in (4 * p, 4 * p, 2 * matrices, *parts, *whole)]
+        print(f"| {name}, {p / 1e9:.2f} G | " + " | ".join([*gib[:2], adam, *gib[2:]]) + " |")
+
+
+if __name__ == "__main__":
+    main()
