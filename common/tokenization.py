@@ -19,18 +19,19 @@ import sys
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
 
 import datasets
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from datasets import get_dataset_split_names, load_dataset
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
@@ -220,6 +221,98 @@ def adamw(parameters, **settings):
     return torch.optim.AdamW(parameters, **settings)
 
 
+# ---- values of tokens ------------------------------------------------------------------------------------
+
+
+def at_end(value, response_mask):
+    """The value at the last response token, [B], be it EOS or where the budget cut; value [B, T]."""
+    index = torch.arange(value.shape[1], device=value.device)  # from the mask, so from lengths: rule 3
+    return value.gather(1, (response_mask * index).argmax(1, keepdim=True))[:, 0]
+
+
+def put_at_end(score, response_mask):
+    """The reverse: [B, T], the score at the last response token and 0 elsewhere."""
+    return score[:, None] * (response_mask * response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
+
+
+def before(value, response_mask):
+    """[B, T]: at a response token the value one position earlier, of what it is an answer to; 0 elsewhere."""
+    return F.pad(value[:, :-1], (1, 0)) * response_mask
+
+
+# ---- preference pairs ------------------------------------------------------------------------------------
+
+
+PAIR = ("row", "prompt", "chosen", "rejected", "utility_chosen", "utility_rejected")  # of preferences.jsonl
+
+
+def load_pairs(path, split, flag):
+    """The pairs of a preference set, a list for each prompt: columns prompt, chosen, rejected."""
+    rows, groups = load_split(path, split, {f"column {key}:": key for key in PAIR[1:4]}, flag), {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row)
+    return list(groups.values())
+
+
+def append_pairs(path, row, ranked, ties):
+    """Write down at once what a ranking of the completions of question `row` says: K (K - 1) / 2 pairs.
+
+    Without `ties` those of equal utility are left out: the annotator would only toss a coin.
+    """
+    pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
+    pairs = [(a, b) for a, b in pairs if ties or a["utility"] != b["utility"]]
+    seen = [(row, a["question"], a["text"], b["text"], a["utility"], b["utility"]) for a, b in pairs]
+    append(path, [dict(zip(PAIR, values)) for values in seen])
+
+
+def ask(group):
+    """A person ranks the completions of a question, best first: `2` of two, `2 3 1` of three."""
+    if len(group) < 2:
+        return []
+    print("", group[0]["question"], *(f"  {i}  {c['text']}" for i, c in enumerate(group, 1)), sep="\n")
+    while True:
+        try:
+            said = input("best first, or skip, or quit: ").split()
+        except EOFError:  # the end of a file, or Ctrl-D
+            said = ["quit"]
+        if said == ["skip"]:
+            return []
+        if said == ["quit"]:
+            print("every judgement is kept: the same command with --resume continues here")
+            raise SystemExit
+        order = [int(word) - 1 for word in said if word.isdecimal()]
+        rest = set(range(len(group))) - set(order)
+        order += rest if len(rest) == 1 else []  # the last one need not be said
+        if len(said) >= len(group) - 1 and sorted(order) == list(range(len(group))):
+            return [group[i] for i in order]
+
+
+def join_pairs(tokenizer, pairs, template, device=None):
+    """tokens and response_mask [P, 2, T] of pairs: the chosen and the rejected response to one prompt."""
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs], template)
+    texts = [encode_response(tokenizer, pair[key]) for pair in pairs for key in ("chosen", "rejected")]
+    tokens, mask = join([prompt for prompt in prompts for _ in range(2)], texts, device)
+    return tokens.view(len(pairs), 2, -1), mask.view(len(pairs), 2, -1)
+
+
+def agreement(scores, pairs, slope):
+    """How well scores [P, 2] foresee held-out judgements: share, bound, and share by confidence.
+
+    The bound is that of a judge who knows the utilities: an annotator who is right in sigmoid(slope gap) of
+    such pairs cannot be foreseen more often. Confidence is sigmoid(|difference of scores|).
+    """
+    margin = (scores[:, 0] - scores[:, 1]).tolist()
+    metrics = {"pair_accuracy": sum(m > 0 for m in margin) / len(margin)}
+    if pairs[0].get("utility_chosen") is not None:
+        gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
+        metrics["pair_accuracy_max"] = sum(1 / (1 + exp(-slope * abs(gap))) for gap in gaps) / len(gaps)
+    for tenth in range(5, 10):
+        sure = [m > 0 for m in margin if min(9, int(10 / (1 + exp(-abs(m))))) == tenth]
+        if sure:
+            print(f"  {len(sure):4} pairs, sure to 0.{tenth}: right in {sum(sure) / len(sure):.2f}")
+    return metrics
+
+
 # ---- data sets -------------------------------------------------------------------------------------------
 
 
@@ -331,10 +424,41 @@ def load_model(source, recompute=False):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except Exception as error:  # one of a dozen types, and every one of them is about the user's folder
         raise BadInput(f"--model {source} cannot be loaded: {first_line(error)}") from None
+    return placed(model, recompute), tokenizer
+
+
+def placed(model, recompute):
+    """On the GPU if there is one; eval(): dropout off."""
     for layer in model.modules() if recompute else ():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(recomputed, layer.forward)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # eval(): dropout off
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_scorer(source, args, new_head=False):
+    """A reward model or critic: one number for each position instead of logits, of a folder or hub name.
+
+    It is read as a token classifier with one label, because that class picks no position by itself; a
+    sequence classifier of the same architecture has the same weights. With `new_head` the folder may be a
+    language model's, and the head is drawn.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would tell at length that a new head is new
+    try:
+        scorer, info = AutoModelForTokenClassification.from_pretrained(
+            source, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        raise BadInput(f"--reward-model {source} cannot be loaded: {first_line(error)}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    *_, head = scorer.children()
+    if new_head:  # as Stiennon et al.: scores of about 1
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        torch.nn.init.zeros_(head.bias)
+    lacks = [key for key in info["missing_keys"] if key.endswith("weight")]
+    demand(new_head or not lacks, f"--reward-model {source}: no scalar head in it ({', '.join(lacks)}).")
+    return placed(scorer, args.gradient_checkpointing)
 
 
 def recomputed(forward, *args, **kwargs):
@@ -424,7 +548,7 @@ def load_state(folder, args):
     except Exception as error:
         damaged = f"{folder}/state.pt is damaged ({first_line(error)})"
         raise BadInput(f"--resume: {damaged}; start again without --resume.") from None
-    free = ("resume", "output_dir")  # a run's folder may have been moved
+    free = ("resume", "output_dir", "stop_after")  # a run's folder may have been moved
     changed = [k for k, was in state["args"].items() if k not in free and was != getattr(args, k, None)]
     demand(not changed, f"--resume: {', '.join(changed)} differ from the first run; give the same arguments.")
     return state
@@ -485,6 +609,21 @@ def due(state, every):
     """Whether this step ends with a checkpoint: every so many do, and one after which the run stops."""
     state["stop"] = int(reduce(torch.tensor(state["stop"]), "MAX"))  # all ranks or none
     return state["stop"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
+
+
+def append(path, rows):
+    """Add rows to a .jsonl file; the first rank writes."""
+    if ranks()[0] == 0:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path):
+    """The rows of a .jsonl file, none if there is none; half a row that a killed run left is cut off."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if ranks()[0] == 0:
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 def log(out, metrics, samples=()):
