@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
-    add("--batch-size", type=int, default=16, help="questions per step")
+    add("--batch-size", type=int, default=32, help="questions per step")
     add("--micro-batch-tokens", type=int, default=2048, help="padded tokens per backward pass")
     # sampling
     add("--temperature", type=float, default=1.0, help="divides the logits, in sampling and in scoring")
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--eval-questions", type=int, default=300, help="held-out questions to use")
     add("--eval-samples", type=int, default=4, help="samples per question for pass@k")
     # the method
-    add("--group-size", type=int, default=4, help="G, completions per question")
+    add("--group-size", type=int, default=2, help="G, completions per question")
     add("--advantage", choices=["grpo", "dr_grpo"], default="grpo", help="with or without 1 / std(R)")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="token", help="Z")
     add("--clip-low", type=float, default=0.2, help="eps_low")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--stop-after", choices=["preferences", "reward", "ppo"], default="ppo", help="--resume continues")
     add("--preferences", help="data set with prompt, chosen, rejected; default: own answers are ranked")
     add("--annotator", choices=["simulated", "human"], default="simulated", help="who ranks own answers")
-    add("--preference-questions", type=int, default=1000, help="training questions to ask about")
+    add("--preference-questions", type=int, default=3000, help="training questions to ask about")
     add("--slope", type=float, default=2.0, help="of the simulated annotator: at 0 it tosses a coin")
     add("--reward-model", help="folder or hub name of one that exists: step 3 alone")
     add("--reward-lr", type=float, default=3e-4, help="peak learning rate of the reward model, linear to 0")
