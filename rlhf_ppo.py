@@ -6,15 +6,15 @@ Schulman et al., 1707.06347; details: Huang et al., 2403.17031. Three steps, eac
     1 preferences.jsonl   two answers of the start model, and which of them an annotator prefers, y_w > y_l
     2 reward_model/       L = - mean log sigmoid( R(y_w) - R(y_l) ), R read at the last response token
     3 final/              PPO on r_t = - beta log(pi_old / pi_ref)_t, plus R at the last token; a critic V:
-                          delta_t = r_t + gamma V_t+1 - V_t        A_t = delta_t + gamma lambda A_t+1
+                          delta_t = r_t + V_t+1 - V_t        A_t = delta_t + lambda A_t+1
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi; against grpo.py:
-    data    the policy's own completions, one for each question
+    data    the policy's own completions, G for each question
     weight  I_clip r A, with an advantage for each token: of the critic, not of a group; whitened
     mask    the response, EOS included
     Z       all tokens of the optimizer batch
-The critic starts as the reward model and is fitted to the returns A + V. Right answers are never asked for:
-only the simulated annotator knows them, and the log, as `utility`: what the reward model is to stand for.
+The critic starts as the reward model and is fitted to the returns A + V. No verdict reaches the policy:
+right answers are known to the simulated annotator, and to the log as `utility`, what the score stands for.
 
     python rlhf_ppo.py                                   # tiny world, 2 CPU cores, minutes
     python rlhf_ppo.py --annotator human --stop-after preferences        # you choose; --resume goes on
@@ -233,8 +233,8 @@ def pair_loss(scores, z):
 def fit_reward_model(model, tokenizer, groups, test, out, args):
     """Step 2: the start model with a scalar head, fitted to the pairs of 9 questions in 10."""
     torch.manual_seed(args.seed)
-    reward_model, held_out = tok.load_scorer(args.model, args, new_head=True), sum(groups[::10], [])
-    train = [group for i, group in enumerate(groups) if i % 10]
+    reward_model = tok.load_scorer(args.model, tokenizer, args, new_head=True)
+    held_out, train = sum(groups[::10], []), [group for i, group in enumerate(groups) if i % 10]
     optimizer = tok.adamw(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
     order = sum([torch.randperm(len(train)).split(args.batch_size) for _ in range(args.reward_epochs)], ())
     for i in tok.steps({"step": 0, "faults": 0, "stop": 0}, len(order)):
@@ -311,10 +311,10 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
     torch.manual_seed(args.seed)
-    train, test = tok.load_splits(args, extract_answer, check_gold)
+    train, test = tok.load_splits(args, extract_answer, check_gold, no_gold=args.annotator == "human")
     out, state, model, tokenizer = tok.open_run(args)
     reference = tok.load_model(args.model)[0]  # pi_ref, frozen
-    critic = tok.load_scorer(args.reward_model or args.model, args, new_head=True)
+    critic = tok.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
     order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
@@ -335,7 +335,7 @@ def main(args):
                 fit_reward_model(model, tokenizer, groups, test, out, args)
     if args.stop_after != "ppo":
         return
-    reward_model = tok.load_scorer(args.reward_model or out / "reward_model", args)
+    reward_model = tok.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # its first values are scores
     state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}
     loss_args = argparse.Namespace(**vars(args) | {"kl_coef": 0.0})  # for PPO, KL is in the reward
@@ -360,6 +360,7 @@ def main(args):
             rewards = tok.at_end(all_values(reward_model, tokens, mask, args), mask)  # R(x, y), [N]
             old_value = tok.before(all_values(critic, tokens, mask, args), mask)  # V_t, [N, T]
         rewards = rewards.masked_fill(cut, args.no_eos_score)
+        batch = [c | {"reward": r} for c, r in zip(batch, rewards.tolist())]  # for samples.jsonl
         per_token = tok.put_at_end(rewards, mask) - state["kl_coef"] * (old_logp - ref_logp)  # r_t, [N, T]
         advantage, returns = gae(per_token, old_value, mask, args.lam)
         advantage[on] = advantages(advantage[on].view(1, -1), args.advantage)[0]  # whitened over the batch

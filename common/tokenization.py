@@ -248,9 +248,12 @@ PAIR = ("row", "prompt", "chosen", "rejected", "utility_chosen", "utility_reject
 
 def load_pairs(path, split, flag):
     """The pairs of a preference set, a list for each prompt: columns prompt, chosen, rejected."""
+    if ranks()[1] > 1:
+        dist.barrier()  # the first rank has written
     rows, groups = load_split(path, split, {f"column {key}:": key for key in PAIR[1:4]}, flag), {}
     for row in rows:
         groups.setdefault(row["prompt"], []).append(row)
+    demand(len(groups) > 1, f"{flag}: {path} has one prompt; it cannot be trained on and held out.")
     return list(groups.values())
 
 
@@ -267,6 +270,7 @@ def append_pairs(path, row, ranked, ties):
 
 def ask(group):
     """A person ranks the completions of a question, best first: `2` of two, `2 3 1` of three."""
+    demand(ranks()[1] == 1, "--annotator human: one person, one process; run step 1 without torchrun.")
     if len(group) < 2:
         return []
     print("", group[0]["question"], *(f"  {i}  {c['text']}" for i, c in enumerate(group, 1)), sep="\n")
@@ -357,12 +361,13 @@ def load_split(path, split, columns, flag="--data"):
     return rows
 
 
-def load_splits(args, extract_answer, check_gold, demonstrations=False):
+def load_splits(args, extract_answer, check_gold, demonstrations=False, no_gold=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
     The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where
     there is none, every tenth training row is kept apart for evaluation and never trained on. Held-out rows
-    have a column `gold`; so have training rows, but `demonstrations` need a solution instead.
+    have a column `gold`; so have training rows, but `demonstrations` need a solution instead. `no_gold`: data
+    without an answer will do, and none is right.
     """
     ranks()  # from here on one process reports
     columns = {"--question-key": args.question_key}
@@ -380,12 +385,12 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
         train = train.select([i for i in range(len(train)) if i % 10])
     args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
     if not demonstrations:
-        train = with_gold(train, args, extract_answer, check_gold)
-    test = with_gold(test, args, extract_answer, check_gold)
+        train = with_gold(train, args, extract_answer, check_gold, no_gold)
+    test = with_gold(test, args, extract_answer, check_gold, no_gold)
     return train, test.select(range(min(len(test), args.eval_questions)))
 
 
-def with_gold(rows, args, extract_answer, check_gold):
+def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
 
     The answer column, or where there is none the solution column, holds the bare answer or a text that ends
@@ -394,6 +399,9 @@ def with_gold(rows, args, extract_answer, check_gold):
     """
     key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
     names = ", ".join(rows.column_names)
+    if no_gold and key not in rows.column_names:
+        print(f"{len(rows):,} questions without a gold answer: verdicts and utility read as of wrong answers")
+        return rows.add_column("gold", [""] * len(rows))
     demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
     golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
@@ -435,7 +443,7 @@ def placed(model, recompute):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def load_scorer(source, args, new_head=False):
+def load_scorer(source, tokenizer, args, new_head=False):
     """A reward model or critic: one number for each position instead of logits, of a folder or hub name.
 
     It is read as a token classifier with one label, because that class picks no position by itself; a
@@ -452,6 +460,8 @@ def load_scorer(source, args, new_head=False):
         raise BadInput(f"--reward-model {source} cannot be loaded: {first_line(error)}") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+    ids, known = tokenizer.get_vocab().items(), AutoTokenizer.from_pretrained(source).get_vocab().items()
+    demand(ids <= known, f"--reward-model {source}: its tokenizer gives other ids than that of {args.model}.")
     *_, head = scorer.children()
     if new_head:  # as Stiennon et al.: scores of about 1
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
