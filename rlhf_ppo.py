@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
     add("--batch-size", type=int, default=32, help="questions per step")
-    add("--micro-batch-tokens", type=int, default=2048, help="padded tokens per backward pass")
+    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
     # sampling
     add("--temperature", type=float, default=1.0, help="divides the logits, in sampling and in scoring")
     add("--max-new-tokens", type=int, default=100, help="budget of a response")
@@ -141,9 +141,10 @@ def preferences(model, tokenizer, rows, out, args):
     groups, person = rollout(model, tokenizer, rows, args), args.annotator == "human"
     noise = -(-torch.rand(len(groups), args.group_size).log()).log()  # Gumbel: to rank by utility + noise
     for row, (group, luck) in [*enumerate(zip(groups, noise.tolist()))][done:]:  # is Bradley-Terry in pairs
-        said = {c["text"]: (args.slope * c["utility"] + x, c) for c, x in zip(group, luck) if not c["cut"]}
-        ranked = [c for _, c in sorted(said.values(), key=lambda x: -x[0])]  # distinct answers, best first
-        tok.append_pairs(path, row, tok.ask(ranked) if person else ranked, ties=person)  # K (K - 1) / 2
+        draws = [(args.slope * c["utility"] + x, c) for c, x in zip(group, luck) if not c["cut"]]
+        said = {c["text"]: c | {"draw": draw} for draw, c in draws}.values()  # distinct answers
+        ranked = tok.ask([*said]) if person else sorted(said, key=lambda c: -c["draw"])  # best first
+        tok.append_pairs(path, row, ranked, ties=person)  # K (K - 1) / 2
     return tok.load_pairs(str(path), "train", "--annotator")
 
 
@@ -314,9 +315,9 @@ def main(args):
     train, test = tok.load_splits(args, extract_answer, check_gold, no_gold=args.annotator == "human")
     out, state, model, tokenizer = tok.open_run(args)
     reference = tok.load_model(args.model)[0]  # pi_ref, frozen
-    critic = tok.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
     order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
+    critic = tok.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
     optimizer = tok.adamw(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights

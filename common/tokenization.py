@@ -285,9 +285,9 @@ def ask(group):
             print("every judgement is kept: the same command with --resume continues here")
             raise SystemExit
         order = [int(word) - 1 for word in said if word.isdecimal()]
-        rest = set(range(len(group))) - set(order)
-        order += rest if len(rest) == 1 else []  # the last one need not be said
-        if len(said) >= len(group) - 1 and sorted(order) == list(range(len(group))):
+        if len(order) == len(said) == len(group) - 1:
+            order += set(range(len(group))) - set(order)  # the last one need not be said
+        if len(order) >= len(said) and sorted(order) == list(range(len(group))):
             return [group[i] for i in order]
 
 
