@@ -141,10 +141,9 @@ def preferences(model, tokenizer, rows, out, args):
     groups, person = rollout(model, tokenizer, rows, args), args.annotator == "human"
     noise = -(-torch.rand(len(groups), args.group_size).log()).log()  # Gumbel: to rank by utility + noise
     for row, (group, luck) in [*enumerate(zip(groups, noise.tolist()))][done:]:  # is Bradley-Terry in pairs
-        draws = [(args.slope * c["utility"] + x, c) for c, x in zip(group, luck) if not c["cut"]]
-        said = {c["text"]: c | {"draw": draw} for draw, c in draws}.values()  # distinct answers
-        ranked = tok.ask([*said]) if person else sorted(said, key=lambda c: -c["draw"])  # best first
-        tok.append_pairs(path, row, ranked, ties=person)  # K (K - 1) / 2
+        said = {c["text"]: c | {"luck": x} for c, x in zip(group, luck) if not c["cut"]}.values()  # distinct
+        best = sorted(said, key=lambda c: -args.slope * c["utility"] - c["luck"])
+        tok.append_pairs(path, row, tok.ask([*said]) if person else best, ties=person)  # K (K - 1) / 2
     return tok.load_pairs(str(path), "train", "--annotator")
 
 
@@ -386,7 +385,8 @@ def main(args):
                 loss.backward()
                 losses.append(loss.item() / updates)  # the sum over micro-batches, the mean over updates
                 seen.append(torch.stack([entropy.detach(), k3, ratio])[:, m.bool()].cpu())  # [3, tokens]
-            parameters = tok.reduce_gradients(both)  # their sum over ranks: Z is of all
+            tok.reduce_gradients(critic.parameters())  # of the error, not of the policy: not part of the norm
+            parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
             if tok.finite(norms[-1], state):
                 optimizer.step()
