@@ -169,7 +169,8 @@ def score(model, tokens, response_mask, args):
 
 def values(scorer, tokens):
     """The scalar at each position, [B, T]: of all that is read up to and with that token."""
-    return scorer(tokens, use_cache=False).logits[..., 0].float()  # padded on the right: nobody looks there
+    # padding is on the right and no position is searched for: no attention mask, no pooling
+    return tok.head(scorer)(scorer.base_model(tokens, use_cache=False).last_hidden_state)[..., 0].float()
 
 
 @torch.no_grad()
@@ -251,7 +252,7 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
     scores = tok.at_end(all_values(reward_model, y, m, args), m).view(-1, 2)
     metrics = {"step": 0} | tok.agreement(scores, held_out, args.slope)
     metrics |= evaluate_reward(model, model, reward_model, tokenizer, test, args)
-    [*reward_model.children()][-1].bias.data -= metrics["eval_score"]  # the start model's mean is 0
+    tok.head(reward_model).bias.data -= metrics["eval_score"]  # the start model's mean is 0
     tok.log(out, metrics)
     tok.save_model(out / "reward_model", reward_model, tokenizer)
 

@@ -250,6 +250,10 @@ def load_pairs(path, split, flag):
     """The pairs of a preference set, a list for each prompt: columns prompt, chosen, rejected."""
     if ranks()[1] > 1:
         dist.barrier()  # the first rank has written
+    none = "all answers to a question are cut, the same or equally good; see --max-new-tokens, --group-size"
+    demand(
+        flag != "--annotator" or os.path.getsize(path), f"--annotator: there is nothing to choose: {none}."
+    )
     rows, groups = load_split(path, split, {f"column {key}:": key for key in PAIR[1:4]}, flag), {}
     for row in rows:
         groups.setdefault(row["prompt"], []).append(row)
@@ -462,13 +466,17 @@ def load_scorer(source, tokenizer, args, new_head=False):
         transformers.logging.set_verbosity(verbosity)
     ids, known = tokenizer.get_vocab().items(), AutoTokenizer.from_pretrained(source).get_vocab().items()
     demand(ids <= known, f"--reward-model {source}: its tokenizer gives other ids than that of {args.model}.")
-    *_, head = scorer.children()
     if new_head:  # as Stiennon et al.: scores of about 1
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-        torch.nn.init.zeros_(head.bias)
+        torch.nn.init.normal_(head(scorer).weight, std=(head(scorer).in_features + 1) ** -0.5)
+        torch.nn.init.zeros_(head(scorer).bias)
     lacks = [key for key in info["missing_keys"] if key.endswith("weight")]
     demand(new_head or not lacks, f"--reward-model {source}: no scalar head in it ({', '.join(lacks)}).")
     return placed(scorer, args.gradient_checkpointing)
+
+
+def head(scorer):
+    """Its linear layer from a hidden state to a number; it comes last, whatever an architecture calls it."""
+    return list(scorer.children())[-1]
 
 
 def recomputed(forward, *args, **kwargs):

@@ -727,7 +727,11 @@ def test_flags(flags, train, tmp_path):
 
 def test_a_model_whose_pad_is_eos(train, pad_is_eos, tmp_path):
     """GPT-2's layout: absolute positions, one token for pad and EOS, a head of another name."""
-    out = train(tmp_path / "run", "--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK)
+    more = ["--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK]
+    with pytest.raises(tok.BadInput, match="nothing to choose"):  # it babbles and never stops
+        train(tmp_path / "none", *more)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
+    out = train(tmp_path / "run", "--preferences", pairs, *more)
     assert read_jsonl(out / "metrics.jsonl")[-1]["response_len"] > 1
     assert tok.load_scorer(
         out / "reward_model", AutoTokenizer.from_pretrained(pad_is_eos), SETTINGS
