@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--loss-norm", choices=["sequence", "token", "constant"], default="token", help="Z")
     add("--clip-low", type=float, default=0.2, help="eps_low")
     add("--clip-high", type=float, default=0.2, help="eps_high; DAPO's clip-higher is 0.28")
-    add("--kl-coef", type=float, default=0.1, help="beta of log pi / pi_ref in the reward of each token")
+    add("--kl-coef", type=float, default=0.2, help="beta of log pi / pi_ref in the reward of each token")
     add("--epochs-per-batch", type=int, default=2, help="passes over the completions of a step")
     add("--minibatches", type=int, default=1, help="optimizer steps per pass")
     add("--stop-after", choices=["preferences", "reward", "ppo"], default="ppo", help="--resume continues")
