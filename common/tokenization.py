@@ -19,18 +19,19 @@ import sys
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
 
 import datasets
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from datasets import get_dataset_split_names, load_dataset
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
@@ -236,6 +237,106 @@ def adamw(parameters, **settings):
     return torch.optim.AdamW(parameters, **settings)
 
 
+# ---- values of tokens ------------------------------------------------------------------------------------
+
+
+def at_end(value, response_mask):
+    """The value at the last response token, [B], be it EOS or where the budget cut; value [B, T]."""
+    index = torch.arange(value.shape[1], device=value.device)  # from the mask, so from lengths: rule 3
+    return value.gather(1, (response_mask * index).argmax(1, keepdim=True))[:, 0]
+
+
+def put_at_end(score, response_mask):
+    """The reverse: [B, T], the score at the last response token and 0 elsewhere."""
+    return score[:, None] * (response_mask * response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
+
+
+def before(value, response_mask):
+    """[B, T]: at a response token the value one position earlier, of what it is an answer to; 0 elsewhere."""
+    return F.pad(value[:, :-1], (1, 0)) * response_mask
+
+
+# ---- preference pairs ------------------------------------------------------------------------------------
+
+
+PAIR = ("row", "prompt", "chosen", "rejected", "utility_chosen", "utility_rejected")  # of preferences.jsonl
+
+
+def load_pairs(path, split, flag):
+    """The pairs of a preference set, a list for each prompt: columns prompt, chosen, rejected."""
+    if ranks()[1] > 1:
+        dist.barrier()  # the first rank has written
+    none = "all answers to a question are cut, the same or equally good; see --max-new-tokens, --group-size"
+    demand(
+        flag != "--annotator" or os.path.getsize(path), f"--annotator: there is nothing to choose: {none}."
+    )
+    rows, groups = load_split(path, split, {f"column {key}:": key for key in PAIR[1:4]}, flag), {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row)
+    demand(len(groups) > 1, f"{flag}: {path} has one prompt; it cannot be trained on and held out.")
+    return list(groups.values())
+
+
+def append_pairs(path, row, ranked, ties):
+    """Write down at once what a ranking of the completions of question `row` says: K (K - 1) / 2 pairs.
+
+    Without `ties` those of equal utility are left out: the annotator would only toss a coin.
+    """
+    pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
+    pairs = [(a, b) for a, b in pairs if ties or a["utility"] != b["utility"]]
+    seen = [(row, a["question"], a["text"], b["text"], a["utility"], b["utility"]) for a, b in pairs]
+    append(path, [dict(zip(PAIR, values)) for values in seen])
+
+
+def ask(group):
+    """A person ranks the completions of a question, best first: `2` of two, `2 3 1` of three."""
+    demand(ranks()[1] == 1, "--annotator human: one person, one process; run step 1 without torchrun.")
+    if len(group) < 2:
+        return []
+    print("", group[0]["question"], *(f"  {i}  {c['text']}" for i, c in enumerate(group, 1)), sep="\n")
+    while True:
+        try:
+            said = input("best first, or skip, or quit: ").split()
+        except EOFError:  # the end of a file, or Ctrl-D
+            said = ["quit"]
+        if said == ["skip"]:
+            return []
+        if said == ["quit"]:
+            print("every judgement is kept: the same command with --resume continues here")
+            raise SystemExit
+        order = [int(word) - 1 for word in said if word.isdecimal()]
+        if len(order) == len(said) == len(group) - 1:
+            order += set(range(len(group))) - set(order)  # the last one need not be said
+        if len(order) >= len(said) and sorted(order) == list(range(len(group))):
+            return [group[i] for i in order]
+
+
+def join_pairs(tokenizer, pairs, template, device=None):
+    """tokens and response_mask [P, 2, T] of pairs: the chosen and the rejected response to one prompt."""
+    prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs], template)
+    texts = [encode_response(tokenizer, pair[key]) for pair in pairs for key in ("chosen", "rejected")]
+    tokens, mask = join([prompt for prompt in prompts for _ in range(2)], texts, device)
+    return tokens.view(len(pairs), 2, -1), mask.view(len(pairs), 2, -1)
+
+
+def agreement(scores, pairs, slope):
+    """How well scores [P, 2] foresee held-out judgements: share, bound, and share by confidence.
+
+    The bound is that of a judge who knows the utilities: an annotator who is right in sigmoid(slope gap) of
+    such pairs cannot be foreseen more often. Confidence is sigmoid(|difference of scores|).
+    """
+    margin = (scores[:, 0] - scores[:, 1]).tolist()
+    metrics = {"pair_accuracy": sum(m > 0 for m in margin) / len(margin)}
+    if pairs[0].get("utility_chosen") is not None:
+        gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
+        metrics["pair_accuracy_max"] = sum(1 / (1 + exp(-slope * abs(gap))) for gap in gaps) / len(gaps)
+    for tenth in range(5, 10):
+        sure = [m > 0 for m in margin if min(9, int(10 / (1 + exp(-abs(m))))) == tenth]
+        if sure:
+            print(f"  {len(sure):4} pairs, sure to 0.{tenth}: right in {sum(sure) / len(sure):.2f}")
+    return metrics
+
+
 # ---- data sets -------------------------------------------------------------------------------------------
 
 
@@ -315,12 +416,13 @@ def check_lengths(rows, name, args, demonstrations=False):
             demand(fits, f"{name}, row {i}: {need} exceed the model's {positions} positions; {remedy}.")
 
 
-def load_splits(args, extract_answer, check_gold, demonstrations=False):
+def load_splits(args, extract_answer, check_gold, demonstrations=False, no_gold=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
     The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where
     there is none, every tenth training row is kept apart for evaluation and never trained on. Held-out rows
-    have a column `gold`; so have training rows, but `demonstrations` need a solution instead.
+    have a column `gold`; so have training rows, but `demonstrations` need a solution instead. `no_gold`: data
+    without an answer will do, and none is right.
     """
     ranks()  # from here on one process reports
     check_arguments(args)
@@ -341,12 +443,12 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False):
         train = train.select([i for i in range(len(train)) if i % 10])
     args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
     if not demonstrations:
-        train = with_gold(train, args, extract_answer, check_gold)
-    test = with_gold(test, args, extract_answer, check_gold)
+        train = with_gold(train, args, extract_answer, check_gold, no_gold)
+    test = with_gold(test, args, extract_answer, check_gold, no_gold)
     return train, test.select(range(min(len(test), args.eval_questions)))
 
 
-def with_gold(rows, args, extract_answer, check_gold):
+def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
 
     The answer column, or where there is none the solution column, holds the bare answer or a text that ends
@@ -355,6 +457,9 @@ def with_gold(rows, args, extract_answer, check_gold):
     """
     key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
     names = ", ".join(rows.column_names)
+    if no_gold and key not in rows.column_names:
+        print(f"{len(rows):,} questions without a gold answer: verdicts and utility read as of wrong answers")
+        return rows.add_column("gold", [""] * len(rows))
     demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
     golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
@@ -418,10 +523,44 @@ def load_model(source, recompute=False, flag="--model"):
     except Exception as error:  # one of a dozen types, and every one of them is about the user's folder
         raise BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.") from None
     check_model(model, tokenizer, sorted(info["missing_keys"]), f"{flag} {source}")
+    return placed(model, recompute), tokenizer
+
+
+def placed(model, recompute):
+    """On the GPU if there is one; eval(): dropout off."""
     for layer in model.modules() if recompute else ():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(recomputed, layer.forward)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # eval(): dropout off
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_scorer(source, tokenizer, args, new_head=False):
+    """A reward model or critic: one number for each position instead of logits, of a folder or hub name.
+
+    It is read as a token classifier with one label, because that class picks no position by itself; a
+    sequence classifier of the same architecture has the same weights. With `new_head` the folder may be a
+    language model's, and the head is drawn.
+    """
+    try:
+        safe = dict(trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        scorer, info = AutoModelForTokenClassification.from_pretrained(
+            source, num_labels=1, output_loading_info=True, **safe
+        )
+    except Exception as error:
+        raise BadInput(f"--reward-model {source} cannot be loaded ({first_line(error)}).") from None
+    ids, known = tokenizer.get_vocab().items(), AutoTokenizer.from_pretrained(source).get_vocab().items()
+    demand(ids <= known, f"--reward-model {source}: its tokenizer gives other ids than that of {args.model}.")
+    if new_head:  # as Stiennon et al.: scores of about 1
+        torch.nn.init.normal_(head(scorer).weight, std=(head(scorer).in_features + 1) ** -0.5)
+        torch.nn.init.zeros_(head(scorer).bias)
+    lacks = [key for key in info["missing_keys"] if key.endswith("weight")]
+    demand(new_head or not lacks, f"--reward-model {source}: no scalar head in it ({', '.join(lacks)}).")
+    return placed(scorer, args.gradient_checkpointing)
+
+
+def head(scorer):
+    """Its linear layer from a hidden state to a number; it comes last, whatever an architecture calls it."""
+    return list(scorer.children())[-1]
 
 
 def check_model(model, tokenizer, missing, name):
@@ -545,7 +684,7 @@ def load_state(folder, args):
 
 def same_arguments(first, args):
     """Those of the first run, but for the folder, which may have been moved."""
-    now = {k: v for k, v in vars(args).items() if k not in ("resume", "output_dir")}
+    now = {k: v for k, v in vars(args).items() if k not in ("resume", "output_dir", "stop_after")}
     changed = ", ".join(k for k in now if k in first and first[k] != now[k])
     demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
 
@@ -609,6 +748,21 @@ def due(state, every):
     # all ranks or none; a signal that comes after this ends the next step
     state["leave"] = int(reduce(torch.tensor(state["stop"]), "MAX"))
     return state["leave"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
+
+
+def append(path, rows):
+    """Add rows to a .jsonl file; the first rank writes."""
+    if ranks()[0] == 0:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path):
+    """The rows of a .jsonl file, none if there is none; half a row that a killed run left is cut off."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if ranks()[0] == 0:
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 def log(out, metrics, samples=()):

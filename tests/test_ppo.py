@@ -1,0 +1,765 @@
+"""rlhf_ppo.py: preferences, reward model, advantages of a critic, and the script from start to end."""
+
+from math import exp, log
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, gpt2, read_jsonl, same_metrics, same_weights, weights, write_jsonl
+from test_contract import EVALUATION, written_keys
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+import common.tokenization as tok
+import grpo
+import rlhf_ppo as ppo
+from tiny import make_tiny
+
+# ---- values of tokens ------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]])
+GRID = torch.arange(18.0).view(3, 6)  # 0..5, 6..11, 12..17
+
+
+def test_the_score_is_that_of_the_last_response_token():
+    assert tok.at_end(GRID, MASK).tolist() == [4, 11, 15]
+
+
+def test_a_score_put_at_the_end_is_found_there():
+    put = tok.put_at_end(torch.tensor([7.0, 8.0, 9.0]), MASK)
+    assert put.tolist() == [[0, 0, 0, 0, 7, 0], [0, 0, 0, 0, 0, 8], [0, 0, 0, 9, 0, 0]]
+    assert tok.at_end(put, MASK).tolist() == [7, 8, 9]
+
+
+def test_the_value_of_a_state_is_read_one_token_earlier():
+    want = [[0, 0, 1, 2, 3, 0], [0, 6, 7, 8, 9, 10], [0, 0, 0, 14, 0, 0]]
+    assert tok.before(GRID, MASK).tolist() == want
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny, tmp_path_factory):
+    """A reward model folder: the tiny model with a drawn head and a bias."""
+    folder = tmp_path_factory.mktemp("scorer") / "model"
+    torch.manual_seed(1)
+    model = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    model.score.bias.data += 0.3
+    tok.save_model(folder, model, tiny[1])
+    return folder
+
+
+SETTINGS = SimpleNamespace(gradient_checkpointing=False, model="it", micro_batch_tokens=60)
+ROWS = [([5, 6, 7], [8, 9, 10, 0]), ([5] * 9, [8]), ([1, 2, 0, 0], [3, 0, 4, 5, 6, 7])]  # 0 is EOS, 1 is pad
+
+
+def test_scores_of_a_padded_batch_are_those_of_each_response_alone(tiny, scorer):
+    """Whatever is in the padding, wherever EOS or pad are in prompt and response; the plain forward pass."""
+    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    plain = AutoModelForTokenClassification.from_pretrained(scorer, num_labels=1).eval()
+    with torch.no_grad():
+        want = [plain(torch.tensor([x + y])).logits[0, -1, 0].item() for x, y in ROWS]
+    tokens, mask = tok.join(*zip(*ROWS))
+    for pad in (0, 1, 200):
+        tokens[(torch.arange(tokens.shape[1]) > (mask * torch.arange(tokens.shape[1])).amax(1)[:, None])] = (
+            pad
+        )
+        got = tok.at_end(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_value_before_the_first_token_is_that_of_the_prompt(tiny, scorer):
+    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    tokens, mask = tok.join(*zip(*ROWS))
+    value = tok.before(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+    for i, (x, _) in enumerate(ROWS):
+        with torch.no_grad():
+            assert value[i, len(x)].item() == pytest.approx(
+                model(torch.tensor([x])).logits[0, -1, 0].item(), abs=1e-5
+            )
+        assert (value[i][mask[i] == 0] == 0).all()
+
+
+def test_a_sequence_classifier_is_read_as_well(tiny, tmp_path):
+    """Reward models of others are mostly of that class: same scores, at the position that we choose."""
+    torch.manual_seed(2)
+    other = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).eval()
+    other.save_pretrained(tmp_path / "model")
+    tiny[1].save_pretrained(tmp_path / "model")
+    model = tok.load_scorer(tmp_path / "model", tiny[1], SETTINGS)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert model(ids).logits[0, -1, 0].item() == pytest.approx(other(ids).logits[0, 0].item(), abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
+    with pytest.raises(tok.BadInput, match="no scalar head"):
+        tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS)
+    with pytest.raises(tok.BadInput, match="nowhere"):
+        tok.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
+    foreign = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
+    foreign.add_tokens(["something else"])
+    with pytest.raises(tok.BadInput, match="tokenizer gives other ids"):
+        tok.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------
+
+
+def test_pair_loss():
+    scores = torch.tensor([[1.0, 0.2]], dtype=torch.float64, requires_grad=True)
+    loss = ppo.pair_loss(scores, 1)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.371101, abs=1e-6)
+    s = 1 / (1 + exp(0.8))  # sigmoid of the margin, the other way round
+    np.testing.assert_allclose(scores.grad, [[-s, s]], atol=1e-9)
+    many = torch.tensor([[3.0, 1.0], [0.0, 4.0], [-800.0, 800.0]])
+    want = (log(1 + exp(-2)) + log(1 + exp(4)) + 1600) / 5
+    assert ppo.pair_loss(many, 5).item() == pytest.approx(want, rel=1e-6)
+
+
+def plain_gae(rewards, values, lam):
+    """Of one response, by the definition: A_t = sum_l lambda^l delta_t+l."""
+    n, after = len(rewards), [*values[1:], 0.0]
+    delta = [r + w - v for r, w, v in zip(rewards, after, values)]
+    return [sum(lam ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
+
+
+def test_gae_of_the_three_token_example():
+    rewards, values = torch.tensor([[-0.01, -0.02, 1.0]]), torch.tensor([[0.1, 0.2, 0.3]])
+    advantage, returns = ppo.gae(rewards, values, torch.ones(1, 3), 0.95)
+    np.testing.assert_allclose(advantage, [[0.79775, 0.745, 0.7]], atol=1e-6)
+    np.testing.assert_allclose(returns, [[0.89775, 0.945, 1.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_against_its_definition_whatever_the_lengths(lam):
+    """Prompt and padding hold nonsense; a neighbour's length changes nothing."""
+    rng, mask = np.random.default_rng(0), MASK.numpy().astype(bool)
+    rewards, values = rng.normal(size=(2, 3, 6))
+    advantage, returns = ppo.gae(torch.tensor(rewards), torch.tensor(values), MASK, lam)
+    assert (advantage[MASK == 0] == 0).all()
+    for i in range(3):
+        want = plain_gae(rewards[i][mask[i]], values[i][mask[i]], lam)
+        np.testing.assert_allclose(advantage[i][mask[i]], want, atol=1e-12)
+        np.testing.assert_allclose(returns[i][mask[i]], want + values[i][mask[i]], atol=1e-12)
+        if lam == 1:  # the return is what is yet to come, whatever the critic thinks
+            left = rewards[i][mask[i]][::-1].cumsum()[::-1]
+            np.testing.assert_allclose(returns[i][mask[i]], left, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "value, loss, slope",
+    [
+        (0.1, 0.405, -0.9),  # inside the region: the squared error
+        (1.0, 0.32, 0.0),  # further than 0.2 and right on the target: the clipped one counts, and is flat
+        (-1.0, 2.0, -2.0),  # further and wrong: the error itself
+        (2.5, 1.125, 1.5),
+    ],
+)
+def test_value_loss_of_a_token(value, loss, slope):
+    """The old value is 0, the return 1, the clip 0.2."""
+    v = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones_like(v)
+    found = ppo.value_loss(v, 0 * one, one, one, one, 0.2)
+    found.backward()
+    assert found.item() == pytest.approx(loss) and v.grad.item() == pytest.approx(slope)
+
+
+def test_value_loss_is_a_mean_over_the_tokens_of_the_batch():
+    rng = np.random.default_rng(1)
+    value, old, ret = (torch.tensor(x) for x in rng.normal(size=(3, 3, 6)))
+    near = old + (value - old).clamp(-0.2, 0.2)
+    worse = torch.maximum((value - ret) ** 2, (near - ret) ** 2)[MASK.bool()]
+    inv_z = ppo.inverse_z(MASK, "token", 99)
+    assert ppo.value_loss(value, old, ret, MASK, inv_z, 0.2).item() == pytest.approx(worse.mean().item() / 2)
+
+
+def test_the_kl_by_enumeration(monkeypatch):
+    """The mean of log pi / pi_ref under pi, over all responses of two words of six, is the KL: above 0."""
+    model, reference = gpt2(6), gpt2(6)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    args = SimpleNamespace(seed=0, temperature=1.0, micro_batch_tokens=99)
+    monkeypatch.setattr(ppo, "all_values", lambda s, tokens, *_: torch.zeros(tokens.shape))
+    prompt, total, exact = [1, 2], 0.0, 0.0
+    with torch.no_grad():
+        p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (model, reference))
+        for a in range(6):
+            after = [m(torch.tensor([[*prompt, a]])).logits[0, -1].double() for m in (model, reference)]
+            p2, q2 = (x.log_softmax(-1) for x in after)
+            exact += p[a].exp() * (p[a] - q[a] + (p2.exp() * (p2 - q2)).sum())
+            for b in range(6):
+                said = {"prompt": prompt, "response": [a, b], "utility": 0.0}
+                monkeypatch.setattr(ppo, "rollout", lambda *_, said=said: [[said]])
+                found = ppo.evaluate_reward(model, reference, None, None, None, args)["eval_kl"]
+                total += (p[a] + p2[b]).exp() * found
+    assert exact > 0.01 and total.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+# ---- the annotator ---------------------------------------------------------------------------------------
+
+
+def test_the_simulated_annotator_is_the_one_of_the_tiny_world(tiny):
+    golds = {row["question"]: row["answer"] for row in read_jsonl(ROOT / "tiny/data/train.jsonl")}
+    pairs = read_jsonl(ROOT / "tiny/preferences/test.jsonl")
+    for pair in pairs[:150]:
+        for side in ("chosen", "rejected"):
+            found = ppo.utility(tiny[1], pair[side], golds[pair["prompt"]])
+            assert round(found, 2) == pair[f"utility_{side}"]
+    odd = [
+        "",
+        "\\boxed{3}",
+        "1 2 \\boxed{3}",
+        "12 \\boxed{3}",
+        "1.5 then 3",
+        "x " * 60 + "\\boxed{3}",
+        "a1b2\\boxed{3",
+    ]
+    for text in odd:
+        assert ppo.utility(tiny[1], text, "3") == pytest.approx(make_tiny.utility(tiny[1], text, "3"))
+
+
+def completions(*answers):
+    """Completions (text, utility) of a question; a text that ends in ... was cut."""
+    return [dict(text=t, utility=float(u), cut=t.endswith("...")) for t, u in answers]
+
+
+@pytest.fixture
+def judge(monkeypatch, tmp_path):
+    """judge(groups, flags): preferences() on these groups of completions; what is in the file."""
+
+    def go(groups, *flags, said=()):
+        rows = datasets.Dataset.from_dict({"question": ["q"] * len(groups)})
+        groups = [[c | {"question": f"q{i}"} for c in group] for i, group in enumerate(groups)]
+        answers = iter(said)
+        monkeypatch.setattr(ppo, "rollout", lambda *_: groups)
+        monkeypatch.setattr("builtins.input", lambda *_: next(answers))
+        size = max(map(len, groups))
+        args = ppo.parse_args(["--preference-questions", "99999", "--group-size", str(size), *flags])
+        try:
+            ppo.preferences(None, None, rows, tmp_path, args)
+        finally:
+            assert next(answers, None) is None  # everything was asked
+        return read_jsonl(tmp_path / "preferences.jsonl")
+
+    return go
+
+
+def share(lines, better, worse):
+    """How often `better` was preferred where the two were compared, and in how many comparisons."""
+    seen = [
+        line["chosen"] == better for line in lines if {line["chosen"], line["rejected"]} == {better, worse}
+    ]
+    return sum(seen) / len(seen), len(seen)
+
+
+@pytest.mark.parametrize("slope", [0.5, 2.0])
+def test_judgements_are_bradley_terry(judge, slope):
+    """Any two of three ranked answers are in the right order with probability sigmoid(slope difference)."""
+    group = completions(("a", 1.0), ("b", 0.5), ("c", -0.5))
+    lines = judge([group] * 2000, "--slope", str(slope))
+    assert len(lines) == 3 * 2000
+    for better, worse, gap in (("a", "b", 0.5), ("b", "c", 1.0), ("a", "c", 1.5)):
+        p = 1 / (1 + exp(-slope * gap))
+        found, n = share(lines, better, worse)
+        assert n == 2000 and abs(found - p) < 4 * (p * (1 - p) / n) ** 0.5
+    line = lines[0]
+    assert line["utility_chosen"] == {"a": 1.0, "b": 0.5, "c": -0.5}[line["chosen"]]
+
+
+def test_nothing_is_asked_where_there_is_nothing_to_choose(judge):
+    same, equal = completions(("a", 1), ("a", 1)), completions(("a", 1), ("b", 1))
+    cut, good = completions(("a", 1), ("b ...", 0)), completions(("a", 1), ("b", 0))
+    lines = judge([same, equal, cut, good, completions(("c", 0), ("d", 1), ("e", 1)), good], "--slope", "99")
+    assert [line["row"] for line in lines] == [3, 4, 4, 5]
+    assert [(x["chosen"], x["rejected"]) for x in lines[:1]] == [("a", "b")]
+    assert {(x["chosen"], x["rejected"]) for x in lines[1:3]} == {("d", "c"), ("e", "c")}
+
+
+HUMAN = ["--annotator", "human"]
+
+
+def test_a_person_chooses_skips_and_quits(judge, capsys, tmp_path):
+    """Judgements are in the file at once; the next session begins with the first question not judged."""
+    groups = [completions((f"a{i}", 0), (f"b{i}", 1)) for i in range(6)]
+    with pytest.raises(SystemExit) as stop:
+        judge(groups, *HUMAN, said=["1", "3", "", "nonsense 1", "2", "skip", "1 2", "quit"])
+    assert not stop.value.code and "--resume" in capsys.readouterr().out
+    chosen = [(line["row"], line["chosen"]) for line in read_jsonl(tmp_path / "preferences.jsonl")]
+    assert chosen == [(0, "a0"), (1, "b1"), (3, "a3")]
+    with open(tmp_path / "preferences.jsonl", "a") as file:
+        file.write('{"row": 4, "pro')  # the end of a killed session
+    lines = judge(groups, *HUMAN, said=["2", "1"])
+    assert [line["row"] for line in lines] == [0, 1, 3, 4, 5]
+
+
+def test_what_a_person_says_is_what_is_written(monkeypatch, capsys):
+    group = completions(("one", 0), ("two", 0), ("three", 0))
+    group = [c | {"question": "which?"} for c in group]
+    for said, order in (("3 1 2", "three one two"), ("2 3", "two three one"), ("1 2 3", "one two three")):
+        monkeypatch.setattr("builtins.input", lambda *_, said=said: said)
+        assert " ".join(c["text"] for c in tok.ask(group)) == order
+    assert "  1  one\n  2  two\n  3  three" in capsys.readouterr().out
+    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
+    with pytest.raises(SystemExit):  # Ctrl-D, or the end of a script of answers
+        tok.ask(group)
+    assert tok.ask(group[:1]) == []
+
+
+def test_a_person_may_see_a_difference_where_utility_sees_none(judge):
+    groups = [completions((f"a{i}", 1), (f"b{i}", 1)) for i in range(2)]
+    assert len(judge(groups, *HUMAN, said=["2", "1"])) == 2
+
+
+# ---- the reward model ------------------------------------------------------------------------------------
+
+
+def test_pairs_of_one_question_are_one_group(tmp_path):
+    lines = [{"prompt": p, "chosen": c, "rejected": "z"} for p, c in (("p", "a"), ("q", "b"), ("p", "c"))]
+    groups = tok.load_pairs(write_jsonl(tmp_path / "pairs.jsonl", lines), "train", "--preferences")
+    assert [[x["chosen"] for x in group] for group in groups] == [["a", "c"], ["b"]]
+    with pytest.raises(tok.BadInput, match="one prompt"):
+        tok.load_pairs(write_jsonl(tmp_path / "one.jsonl", lines[:1]), "train", "--preferences")
+    with pytest.raises(tok.BadInput, match="rejected"):
+        tok.load_pairs(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c"}]), "train", "--x")
+
+
+def test_pairs_as_tensors(tiny):
+    pairs = [{"prompt": "Compute 1 + 1.", "chosen": "\\boxed{2}", "rejected": "no idea at all"}]
+    tokens, mask = tok.join_pairs(tiny[1], pairs, "{question}")
+    assert tokens.shape == mask.shape == (1, 2, tokens.shape[2])
+    for i, side in enumerate(("chosen", "rejected")):
+        text = tiny[1].decode(tokens[0, i][mask[0, i].bool()])
+        assert text == pairs[0][side] + tiny[1].eos_token
+
+
+def test_agreement_accuracy_bound_and_confidence(capsys):
+    scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.1, 0.0], [5.0, 0.0]])
+    pairs = [{"utility_chosen": a, "utility_rejected": b} for a, b in ((1, 0), (0, 1), (2, 2), (0, 3))]
+    found = tok.agreement(scores, pairs, 2.0)
+    assert found["pair_accuracy"] == 0.75
+    bound = (2 / (1 + exp(-2)) + 0.5 + 1 / (1 + exp(-6))) / 4
+    assert found["pair_accuracy_max"] == pytest.approx(bound)
+    printed = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in printed] == [
+        "1 pairs, sure to 0.5: right in 1.00",
+        "2 pairs, sure to 0.8: right in 0.50",
+        "1 pairs, sure to 0.9: right in 1.00",
+    ]
+    assert "pair_accuracy_max" not in tok.agreement(scores, [{}] * 4, 2.0)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Pairs of 24 questions of the tiny preferences, some with two pairs."""
+    pairs = read_jsonl(ROOT / "tiny/preferences/train.jsonl")[:30]
+    grouped = [[pair] for pair in pairs[:24]]
+    for i, pair in enumerate(pairs[24:]):
+        grouped[3 * i + 1].append(pair | {"prompt": grouped[3 * i + 1][0]["prompt"]})
+    return grouped
+
+
+@pytest.fixture
+def fit(tiny, groups, tmp_path, small, monkeypatch):
+    """fit(name, flags): the folder of a reward model and its line in metrics.jsonl."""
+
+    def go(name, *flags):
+        out = tmp_path / name
+        out.mkdir()
+        args = ppo.parse_args(small("rlhf_ppo", out, "--reward-epochs", 1, "--reward-lr", 1e-3, *flags))
+        rows = datasets.Dataset.from_list(read_jsonl(f"{args.data}/test.jsonl")[:6])
+        test = rows.add_column("gold", rows["answer"])
+        ppo.fit_reward_model(*tiny, groups, test, out, args)
+        return out / "reward_model", read_jsonl(out / "metrics.jsonl")[0], (tiny, test, args)
+
+    return go
+
+
+def test_all_pairs_of_a_question_in_one_batch_and_a_tenth_of_the_questions_apart(fit, groups, monkeypatch):
+    seen, join_pairs = [], tok.join_pairs
+    monkeypatch.setattr(
+        tok, "join_pairs", lambda t, pairs, *a: (seen.append(pairs), join_pairs(t, pairs, *a))[1]
+    )
+    fit("run", "--reward-epochs", 2, "--batch-size", 5)
+    *batches, last = seen
+    held_out = sum(groups[::10], [])
+    assert last == held_out and len(held_out) == 4
+    trained = [pair["prompt"] for pairs in batches for pair in pairs]
+    assert not {pair["prompt"] for pair in held_out} & set(trained)
+    assert len(trained) == 2 * (30 - 4) and len(batches) == 2 * 5
+    for group in groups:
+        together = [sum(pair in pairs for pair in group) for pairs in batches]
+        assert set(together) <= {0, len(group)}
+
+
+def test_the_start_model_scores_zero_on_average_and_the_folder_is_ordinary(fit):
+    folder, line, ((model, tokenizer), test, args) = fit("run")
+    again = tok.load_scorer(folder, tokenizer, args)
+    found = ppo.evaluate_reward(model, model, again, tokenizer, test, args)
+    assert abs(found["eval_score"].item()) < 1e-5 < abs(line["eval_score"]) and line["eval_kl"] == 0
+    plain = AutoModelForTokenClassification.from_pretrained(folder)
+    assert plain.config.num_labels == 1 and plain.dtype == torch.float32
+    before = AutoModelForTokenClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).state_dict()
+    assert not [k for k, v in plain.state_dict().items() if torch.equal(v, before[k])]  # every weight learns
+
+
+def test_micro_batches_change_no_reward_model(fit):
+    a, line, _ = fit("whole", "--micro-batch-tokens", 10**6)
+    b, other, _ = fit("single", "--micro-batch-tokens", 1)
+    a, b = (AutoModelForTokenClassification.from_pretrained(x).state_dict() for x in (a, b))
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+    assert line["eval_score"] == pytest.approx(other["eval_score"], abs=1e-2)
+
+
+# ---- PPO -------------------------------------------------------------------------------------------------
+
+QUICK = ["--eval-questions", 2, "--eval-samples", 0, "--save-every", 0]
+
+
+@pytest.fixture(scope="module")
+def train(small):
+    """train(out, flags): a run of seconds with all three steps; the folder."""
+
+    def go(out, *more):
+        base = ("--preference-questions", 24, "--reward-epochs", 1, "--reward-lr", 1e-3)
+        ppo.main(ppo.parse_args(small("rlhf_ppo", out, *base, *more)))
+        return out
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("ppo") / "run")
+
+
+OF_FUNCTIONS = EVALUATION | set("pair_accuracy pair_accuracy_max eval_score eval_utility eval_kl".split())
+
+
+def test_a_run_leaves_its_files_and_metrics(whole):
+    names = "args.json metrics.jsonl samples.jsonl checkpoint-000004 final preferences.jsonl reward_model"
+    assert {path.name for path in whole.iterdir()} == set(names.split())
+    lines = read_jsonl(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
+    keys = {"pass@k" if key.startswith("pass@") else key for line in lines for key in line}
+    assert keys == written_keys((ROOT / "rlhf_ppo.py").read_text()) | OF_FUNCTIONS | {"step", "peak_memory"}
+    for line in lines:
+        assert all(np.isfinite(v) for v in line.values() if isinstance(v, float)), line
+    assert {"accuracy", "eval_utility", "eval_kl"} <= set(lines[-1]) and lines[1]["eval_kl"] == 0
+    for said in read_jsonl(whole / "samples.jsonl"):
+        assert said["text"] and said["question"] and isinstance(said["reward"] + said["utility"], float)
+
+
+def test_the_policy_begins_as_the_reference_and_moves(whole):
+    lines = read_jsonl(whole / "metrics.jsonl")
+    assert abs(lines[2]["kl_response"]) < 1e-3 < lines[-1]["kl"]
+    assert lines[-1]["ratio_max"] > 0 and 0 <= lines[-1]["clip_frac"] < 1
+    same_weights(whole / "final", whole / "checkpoint-000004")
+    with pytest.raises(AssertionError):
+        same_weights(whole / "final", ROOT / "tiny/model")
+
+
+def test_every_weight_of_the_critic_learns(whole):
+    critic = torch.load(whole / "checkpoint-000004/state.pt", weights_only=True)["critic"]
+    start = AutoModelForTokenClassification.from_pretrained(whole / "reward_model").state_dict()
+    assert critic.keys() == start.keys() and not [k for k in start if torch.equal(start[k], critic[k])]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(name): the list of (arguments, result) of the calls of a function of the script, as they come."""
+
+    def go(name):
+        calls, function = [], getattr(ppo, name)
+
+        def record(*args):
+            calls.append((args, function(*args)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(ppo, name, record)
+        return calls
+
+    return go
+
+
+def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
+    """What goes into GAE and what comes out of it into the losses; beta is large, so that KL is seen."""
+    names = "rollout score all_values gae policy_loss value_loss".split()
+    rolls, logps, _, gaes, policies, errors = map(spy, names)
+    flags = ["--kl-coef", 0.7, "--steps", 2, "--lr", 1e-3, "--max-new-tokens", 8, "--no-eos-score", -9]
+    train(tmp_path / "run", "--reward-model", whole / "reward_model", *flags, *QUICK)
+    scorer = AutoModelForTokenClassification.from_pretrained(whole / "reward_model", num_labels=1).eval()
+    for step in (0, 1):
+        (rewards, value, mask, lam), (_, returns) = gaes[step]
+        ((_, tokens, _, _), (old, _)), (_, (ref, _)) = logps[1 + 2 * step : 3 + 2 * step]  # 0: the self-check
+        for i, c in enumerate(sum(rolls[step][1], [])):
+            at, ids = mask[i].nonzero()[:, 0], c["prompt"] + c["response"]
+            assert at.tolist() == list(range(len(c["prompt"]), len(ids)))
+            assert tokens[i, : len(ids)].tolist() == ids
+            with torch.no_grad():
+                score = -9.0 if c["cut"] else scorer(torch.tensor([ids])).logits[0, -1, 0].item()
+            want = -0.7 * (old - ref)[i, at]
+            want[-1] += score
+            torch.testing.assert_close(rewards[i, at], want, atol=1e-4, rtol=0)
+            assert (rewards[i][mask[i] == 0] == 0).all()
+    assert (old - ref).abs().max() > 1e-3 and lam == 0.95  # at the second step the policy has moved
+    assert {c["cut"] for groups in rolls[:2] for c in sum(groups[1], [])} == {True, False}
+    # whitened after the returns were formed, over all response tokens; the critic is fitted to the returns
+    on, each = mask.bool(), zip(rewards, value, mask.bool())
+    raw = torch.tensor(sum([plain_gae(r[m].tolist(), v[m].tolist(), 0.95) for r, v, m in each], []))
+    torch.testing.assert_close(returns[on], raw + value[on], atol=1e-4, rtol=0)
+    white, used = (raw - raw.mean()) / raw.std(), []
+    for ((_, _, _, A, m, z, _), _), ((_, _, ret, _, _, _), _) in zip(policies[-2:], errors[-2:]):
+        used += zip(ret[m.bool()].tolist(), A[m.bool()].tolist())
+        assert z.unique().tolist() == pytest.approx([1 / mask.sum().item()])
+    want = 2 * [*zip(returns[on].tolist(), white.tolist())]  # in each of two epochs
+    np.testing.assert_allclose(sorted(used), sorted(want), atol=2e-3)
+
+
+def test_the_critic_begins_as_the_reward_model_and_the_ratio_at_one(whole, train, tmp_path, spy):
+    values, policies = spy("all_values"), spy("policy_loss")
+    train(tmp_path / "run", "--steps", 1, "--reward-model", whole / "reward_model", *QUICK)
+    (_, scores), (_, first) = values[:2]
+    assert torch.equal(scores, first) and scores.abs().max() > 0
+    ratio, k3 = policies[0][1][1:]
+    assert (ratio - 1).abs().max() < 1e-4 and k3.abs().max() < 1e-6
+    assert (policies[-1][1][1] - 1).abs().max() > 1e-4  # at the second update it is another policy
+
+
+def test_a_single_update_has_ratio_one_exactly(whole, train, tmp_path):
+    more = ["--steps", 2, "--epochs-per-batch", 1, "--reward-model", whole / "reward_model", *QUICK]
+    for line in read_jsonl(train(tmp_path / "run", *more) / "metrics.jsonl")[1:]:
+        assert line["ratio_max"] == line["clip_frac"] == 0 and line["grad_norm"] > 0
+
+
+def test_a_response_without_eos_has_the_constant_score(whole, train, tmp_path):
+    more = ["--steps", 1, "--max-new-tokens", 3, "--no-eos-score", -5, *QUICK]
+    out = train(tmp_path / "run", "--reward-model", whole / "reward_model", *more)
+    line = read_jsonl(out / "metrics.jsonl")[-1]
+    assert line["truncated_frac"] == 1 and line["reward"] == -5
+
+
+def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
+    """Ziegler et al.: at most 2 % a step, up where the KL is above its target, down where it is below."""
+    more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *QUICK]
+    out = train(tmp_path / "up", "--kl-target", 1e-9, "--lr", 3e-3, *more)
+    up = [line["kl_coef"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
+    kl = [line["kl_response"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
+    want = [0.5]
+    for x in kl[:-1]:
+        want.append(want[-1] * (1.02 if x > 1.2e-9 else 0.98 if x < 0.8e-9 else 1 + 0.1 * (x / 1e-9 - 1)))
+    assert up == pytest.approx(want) and max(up) > 0.5
+    down = read_jsonl(train(tmp_path / "down", "--kl-target", 1e9, *more) / "metrics.jsonl")
+    assert [line["kl_coef"] for line in down[1:]] == pytest.approx([0.5 * 0.98**i for i in range(3)])
+    fixed = read_jsonl(whole / "metrics.jsonl")[2:]
+    assert {line["kl_coef"] for line in fixed} == {ppo.parse_args([]).kl_coef}
+
+
+# ---- one method is another -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The whole script in double precision: rounding differs by 1e-12, and Adam cannot enlarge it."""
+    load, scorer = tok.load_model, tok.load_scorer
+    monkeypatch.setattr(tok, "load_model", lambda *a: (load(*a)[0].double(), load(*a)[1]))
+    monkeypatch.setattr(tok, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_with_the_group_mean_as_critic_it_is_grpo(scorer, small, tmp_path, float64, monkeypatch):
+    """lambda = 1, no KL, one epoch, V the mean of the group: the advantage of Dr. GRPO, and its update."""
+    seen, rollout = [], ppo.rollout
+
+    def remember(*args):
+        seen[:] = [rollout(*args)]
+        return seen[0]
+
+    def verdicts_and_means(model, tokens, mask, args):
+        """What the reward model says, and then the critic, of a batch."""
+        right = [[float(c["utility"] >= 2) for c in group] for group in seen[0]]
+        means = [[sum(group) / len(group)] * len(group) for group in right]
+        said = torch.tensor(sum(means if len(seen) == 2 else right, []))
+        seen.append("the reward model has spoken")
+        return said[:, None].expand(tokens.shape)
+
+    monkeypatch.setattr(ppo, "rollout", remember)
+    monkeypatch.setattr(ppo, "all_values", verdicts_and_means)
+    monkeypatch.setattr(ppo, "advantages", lambda advantage, how: advantage)  # not whitened
+    monkeypatch.setattr(ppo, "evaluate_reward", lambda *_: {})
+    both = [
+        "--group-size",
+        4,
+        "--steps",
+        3,
+        "--loss-norm",
+        "token",
+        "--max-grad-norm",
+        1e9,
+        "--epochs-per-batch",
+        1,
+    ]
+    grpo.main(grpo.parse_args(small("grpo", tmp_path / "grpo", *both, *QUICK)))
+    more = ["--kl-coef", 0, "--lam", 1, "--reward-model", scorer, "--no-eos-score", 0]
+    ppo.main(ppo.parse_args(small("rlhf_ppo", tmp_path / "ppo", *both, *more, *QUICK)))
+    same_weights(tmp_path / "grpo/final", tmp_path / "ppo/final", 1e-9)
+    a, b = (read_jsonl(tmp_path / name / "metrics.jsonl")[1:] for name in ("grpo", "ppo"))
+    assert any(line["adv_abs"] > 0 for line in a)
+    for x, y in zip(a, b):
+        assert x["reward"] == pytest.approx(y["reward"]) and x["adv_abs"] == pytest.approx(y["adv_abs"])
+
+
+def test_micro_batches_of_one_row_are_one_batch(whole, train, tmp_path, float64):
+    more = ["--steps", 1, "--reward-model", whole / "reward_model", "--kl-coef", 0.3, *QUICK]
+    a = train(tmp_path / "a", "--micro-batch-tokens", 10**6, *more)
+    b = train(tmp_path / "b", "--micro-batch-tokens", 1, *more)
+    same_weights(a / "final", b / "final", 1e-9)
+    a, b = (read_jsonl(x / "metrics.jsonl")[-1] for x in (a, b))
+    for key in "loss grad_norm reward value_loss explained_variance kl_response eval_score eval_kl".split():
+        assert a[key] == pytest.approx(b[key], rel=1e-8, abs=1e-12), key
+
+
+# ---- the script ------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+KILLS = {
+    "while sampling answers": (ppo, "rollout", 1),
+    "between two judgements": (tok, "append_pairs", 7),
+    "while the reward model is fitted": (ppo, "pair_loss", 3),
+    "after it, before it is saved": (tok, "agreement", 1),
+    "in step 1": (ppo, "gae", 1),
+    "in step 4, after a checkpoint": (ppo, "gae", 4),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_an_interrupted_run_resumes_to_the_same_bits(where, whole, train, tmp_path, monkeypatch):
+    module, name, call = KILLS[where]
+    function, calls = getattr(module, name), []
+
+    def dies(*args, **more):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return function(*args, **more)
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(module, name, dies)
+        train(tmp_path / "run")
+    train(tmp_path / "run", "--resume")
+    same_metrics(whole, tmp_path / "run")
+    same_weights(whole / "final", tmp_path / "run/final")
+    for name in ("preferences.jsonl", "samples.jsonl"):
+        assert (whole / name).read_text() == (tmp_path / "run" / name).read_text()
+
+
+def test_the_three_steps_one_by_one(whole, train, tmp_path, monkeypatch):
+    """Stopped after the first, after the second, and continued: the same bits, and nothing made twice."""
+    train(tmp_path / "run", "--stop-after", "preferences")
+    assert (tmp_path / "run/preferences.jsonl").exists() and not (tmp_path / "run/reward_model").exists()
+    train(tmp_path / "run", "--stop-after", "reward", "--resume")
+    assert (tmp_path / "run/reward_model").is_dir() and not (tmp_path / "run/final").exists()
+    monkeypatch.setattr(ppo, "preferences", None)  # would be a TypeError
+    train(tmp_path / "run", "--resume")
+    same_metrics(whole, tmp_path / "run")
+    same_weights(whole / "final", tmp_path / "run/final")
+
+
+def test_step_three_alone(whole, train, tmp_path):
+    out = train(tmp_path / "run", "--reward-model", whole / "reward_model")
+    assert not (out / "reward_model").exists() and not (out / "preferences.jsonl").exists()
+    same_weights(whole / "final", out / "final")  # the very same steps
+
+
+def test_no_steps_only_evaluate(whole, train, tmp_path):
+    out = train(tmp_path / "run", "--reward-model", whole / "reward_model", "--steps", 0)
+    [line] = read_jsonl(out / "metrics.jsonl")
+    assert line["step"] == 0 and 0 <= line["accuracy"] <= 1
+    same_weights(out / "final", ROOT / "tiny/model")
+
+
+def test_a_preference_set_of_others(train, tmp_path):
+    """No utilities in it; and --data has no answers: nobody can say what is right, and nothing needs it."""
+    pairs = [
+        {k: x[k] for k in ("prompt", "chosen", "rejected")}
+        for x in read_jsonl(ROOT / "tiny/preferences/test.jsonl")
+    ]
+    questions = write_jsonl(
+        tmp_path / "questions.jsonl", [{"question": pair["prompt"]} for pair in pairs[:20]]
+    )
+    more = ["--preferences", write_jsonl(tmp_path / "pairs.jsonl", pairs[:20]), "--data", questions]
+    out = train(tmp_path / "run", *more, "--annotator", "human", "--steps", 1, *QUICK)
+    _, fitted, line = read_jsonl(out / "metrics.jsonl")
+    assert 0 <= fitted["pair_accuracy"] <= 1 and "pair_accuracy_max" not in fitted
+    assert line["accuracy"] == 0 and line["step"] == 1
+    with pytest.raises(tok.BadInput, match="--answer-key"):
+        train(tmp_path / "other", *more, "--steps", 1, *QUICK)
+
+
+def test_three_answers_to_a_question_give_up_to_three_pairs(train, tmp_path):
+    out = train(tmp_path / "run", "--group-size", 3, "--stop-after", "preferences", *QUICK)
+    rows = [line["row"] for line in read_jsonl(out / "preferences.jsonl")]
+    counts = {rows.count(row) for row in rows}
+    assert counts <= {1, 2, 3} and 3 in counts and rows == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dtype bf16 --temperature 0.8 --max-new-tokens 8",
+        "--minibatches 2 --loss-norm sequence --advantage dr_grpo",
+    ],
+)
+def test_flags(flags, train, tmp_path):
+    out = train(tmp_path / "run", *flags.split(), "--steps", 2, *QUICK)
+    for line in read_jsonl(out / "metrics.jsonl"):
+        assert all(v == v for v in line.values()), line
+
+
+def test_a_model_whose_pad_is_eos(train, pad_is_eos, tmp_path):
+    """GPT-2's layout: absolute positions, one token for pad and EOS, a head of another name."""
+    more = ["--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK]
+    with pytest.raises(tok.BadInput, match="nothing to choose"):  # it babbles and never stops
+        train(tmp_path / "none", *more)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
+    out = train(tmp_path / "run", "--preferences", pairs, *more)
+    assert read_jsonl(out / "metrics.jsonl")[-1]["response_len"] > 1
+    assert tok.load_scorer(
+        out / "reward_model", AutoTokenizer.from_pretrained(pad_is_eos), SETTINGS
+    ).classifier
+
+
+def test_sft_then_grpo_then_rlhf(run, train, tmp_path):
+    """Three commands, each with the final folder of the one before."""
+    first = run("sft", tmp_path / "sft", "--steps", 2, *QUICK) / "final"
+    second = run("grpo", tmp_path / "grpo", "--model", first, "--steps", 2, *QUICK) / "final"
+    third = train(tmp_path / "ppo", "--model", second, "--steps", 2, *QUICK) / "final"
+    a, b, c = (weights(folder) for folder in (first, second, third))
+    assert any(not torch.equal(a[k], b[k]) for k in a) and any(not torch.equal(b[k], c[k]) for k in b)
+    run("grpo", tmp_path / "again", "--model", third, "--steps", 1, *QUICK)
+
+
+BAD = {
+    "--reward-model nowhere/at-all": "--reward-model nowhere/at-all",
+    "--reward-model tiny/model": "no scalar head",
+    "--preferences nowhere/at-all": "--preferences nowhere/at-all",
+    "--preferences tiny/data": "no such column",
+    "--group-size 1": "--group-size",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_answered_by_one_sentence(flags, train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", *flags.split(), *QUICK)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error:") and BAD[flags] in error
