@@ -355,15 +355,14 @@ def main(args):
             groups = rollout(model, tokenizer, train.select(order[step - 1]), args)
         batch = [completion for group in groups for completion in group]  # N = questions x G
         tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch], model.device)
-        cut, on = torch.tensor([c["cut"] for c in batch], device=model.device), mask.bool()
         with autocast:
             old_logp, ref_logp = (score(m, tokens, mask, args)[0] for m in (model, reference))  # [N, T]
             rewards = tok.at_end(all_values(reward_model, tokens, mask, args), mask)  # R(x, y), [N]
             old_value = tok.before(all_values(critic, tokens, mask, args), mask)  # V_t, [N, T]
-        rewards = rewards.masked_fill(cut, args.no_eos_score)
+        rewards[[c["cut"] for c in batch]] = args.no_eos_score
         batch = [c | {"reward": r} for c, r in zip(batch, rewards.tolist())]  # for samples.jsonl
         per_token = tok.put_at_end(rewards, mask) - state["kl_coef"] * (old_logp - ref_logp)  # r_t, [N, T]
-        advantage, returns = gae(per_token, old_value, mask, args.lam)
+        (advantage, returns), on = gae(per_token, old_value, mask, args.lam), mask.bool()
         advantage[on] = advantages(advantage[on].view(1, -1), args.advantage)[0]  # whitened over the batch
         sampled = time.time()
 
