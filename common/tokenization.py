@@ -728,9 +728,11 @@ def steps(state, last):
                 bar.update()
                 faults = "not finite in three updates running; lower --lr, look at the last samples"
                 demand(state["faults"] < 3, f"step {state['step']}: the gradient is {faults}.")
-                if state["leave"]:
+                if leave := state.get(
+                    "leave", state["stop"]
+                ):  # without `due`, there is no checkpoint to wait for
                     print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
-                    sys.exit(128 + state["leave"])
+                    sys.exit(128 + leave)
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
