@@ -405,9 +405,8 @@ def main(args):
         metrics |= {"kl": k3.mean(), "tokens_trained": sum(x.shape[1] for x in seen)}
         metrics |= {"tokens_generated": sum(len(c["response"]) for c in batch)}
         metrics |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
-        kl = (old_logp - ref_logp).sum().item() / size  # of responses: unbiased, and may be below 0
+        error, kl = (returns - old_value)[on], (old_logp - ref_logp).sum().item() / size  # kl may be below 0
         metrics |= {"utility": sum(c["utility"] for c in batch) / size, "kl_response": kl}
-        error = (returns - old_value)[on]  # of the critic, before it was fitted to these returns
         metrics |= {"value_loss": error.square().mean() / 2, "kl_coef": state["kl_coef"]}
         metrics |= {"explained_variance": 1 - error.var() / returns[on].var()}
         if args.kl_target:  # Ziegler et al.: a proportional controller

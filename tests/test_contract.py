@@ -34,7 +34,7 @@ SHARED = {
     "score": BUDGETS,
     "evaluate": BUDGETS,
     "self_check": BUDGETS,
-    "advantages": ["grpo", "prefix_rft"],
+    "advantages": ["grpo", "prefix_rft", "rlhf_ppo"],
     "inverse_z": ["grpo", "prefix_rft", "rlhf_ppo"],
     "policy_loss": ["grpo", "prefix_rft", "rlhf_ppo"],
 }
@@ -179,6 +179,8 @@ def glossary():
 
 # of evaluate(), and of the first line, beside what a script collects
 EVALUATION = set("accuracy pass@k right wrong no_answer levels unparseable_gold".split())
+# of rlhf_ppo.py's reward model, and of what it says of held-out responses
+JUDGED = set("pair_accuracy pair_accuracy_max eval_score eval_utility eval_kl".split())
 
 
 def test_metrics_of_a_run_are_those_in_its_source(runs):
@@ -190,7 +192,7 @@ def test_metrics_of_a_run_are_those_in_its_source(runs):
 
 def test_glossary_explains_every_metric_and_nothing_else():
     written = set().union(*(written_keys(source(n)) for n in BUDGETS if (ROOT / f"{n}.py").exists()))
-    written |= EVALUATION | {"step", "peak_memory"}
+    written |= EVALUATION | JUDGED | {"step", "peak_memory"}
     explained = glossary()
     assert written - explained == set(), "not in README's glossary"
     assert explained - written == set(), "in README's glossary, but in no metrics.jsonl"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, gpt2, read_jsonl, same_metrics, same_weights, weights, write_jsonl
-from test_contract import EVALUATION, written_keys
+from test_contract import EVALUATION, JUDGED, written_keys
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import common.tokenization as tok
@@ -435,16 +435,14 @@ def whole(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("ppo") / "run")
 
 
-OF_FUNCTIONS = EVALUATION | set("pair_accuracy pair_accuracy_max eval_score eval_utility eval_kl".split())
-
-
 def test_a_run_leaves_its_files_and_metrics(whole):
     names = "args.json metrics.jsonl samples.jsonl checkpoint-000004 final preferences.jsonl reward_model"
     assert {path.name for path in whole.iterdir()} == set(names.split())
     lines = read_jsonl(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
     keys = {"pass@k" if key.startswith("pass@") else key for line in lines for key in line}
-    assert keys == written_keys((ROOT / "rlhf_ppo.py").read_text()) | OF_FUNCTIONS | {"step", "peak_memory"}
+    written = written_keys((ROOT / "rlhf_ppo.py").read_text())
+    assert keys == written | EVALUATION | JUDGED | {"step", "peak_memory"}
     for line in lines:
         assert all(np.isfinite(v) for v in line.values() if isinstance(v, float)), line
     assert {"accuracy", "eval_utility", "eval_kl"} <= set(lines[-1]) and lines[1]["eval_kl"] == 0

@@ -28,6 +28,7 @@ FLAGS = {
     "dpo": "--k 4 --pair-questions 8 --micro-batch-tokens 200",
     "grpo": "--group-size 4 --minibatches 2 --kl-coef 0.1 --micro-batch-tokens 300",
     "prefix_rft": "--group-size 3 --prefix-weight luffy --loss-norm token",
+    "rlhf_ppo": "--preference-questions 16 --reward-epochs 1 --kl-coef 0.3 --micro-batch-tokens 200",
     "sft-less_rows_than_ranks": "--batch-size 1",
 }
 SAME = "loss entropy grad_norm lr tokens_trained response_len accuracy reward kl phi reward_margin clip_frac"
