@@ -334,6 +334,7 @@ def main(args):
             groups = preferences(model, tokenizer, train, out, args)
             if args.stop_after != "preferences":
                 fit_reward_model(model, tokenizer, groups, test, out, args)
+        tok.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # with its log
     if args.stop_after != "ppo":
         return
     reward_model = tok.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
@@ -396,19 +397,18 @@ def main(args):
         # log, evaluate, save
         entropy, k3, ratio = torch.cat(seen, 1) if seen else torch.tensor([[0.0], [0.0], [1.0]])
         trusted = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+        error, kl = (returns - old_value)[on], (old_logp - ref_logp).sum().item() / size  # kl may be below 0
         metrics = {"step": step, "reward": rewards.mean(), "loss": sum(losses), "entropy": entropy.mean()}
         metrics |= {"grad_norm": sum(norms) / updates, "response_len": mask.sum() / size}
-        metrics |= {"clip_frac": (ratio != trusted).float().mean()}
+        metrics |= {"clip_frac": (ratio != trusted).float().mean(), "value_loss": error.square().mean() / 2}
         metrics |= {"adv_abs": advantage.abs().sum() / mask.sum(), "ratio_max": (ratio - 1).abs().max()}
         metrics |= {"truncated_frac": sum(c["cut"] for c in batch) / size, "lr": lr}
         metrics |= {"skipped": state["skipped"]}
         metrics |= {"kl": k3.mean(), "tokens_trained": sum(x.shape[1] for x in seen)}
         metrics |= {"tokens_generated": sum(len(c["response"]) for c in batch)}
         metrics |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
-        error, kl = (returns - old_value)[on], (old_logp - ref_logp).sum().item() / size  # kl may be below 0
         metrics |= {"utility": sum(c["utility"] for c in batch) / size, "kl_response": kl}
-        metrics |= {"value_loss": error.square().mean() / 2, "kl_coef": state["kl_coef"]}
-        metrics |= {"explained_variance": 1 - error.var() / returns[on].var()}
+        metrics |= {"explained_variance": 1 - error.var() / returns[on].var(), "kl_coef": state["kl_coef"]}
         if args.kl_target:  # Ziegler et al.: a proportional controller
             state["kl_coef"] *= 1 + 0.1 * max(-0.2, min(0.2, kl / args.kl_target - 1))
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

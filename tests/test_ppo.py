@@ -542,7 +542,7 @@ def test_a_response_without_eos_has_the_constant_score(whole, train, tmp_path):
 def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
     """Ziegler et al.: at most 2 % a step, up where the KL is above its target, down where it is below."""
     more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *QUICK]
-    out = train(tmp_path / "up", "--kl-target", 1e-9, "--lr", 3e-3, *more)
+    out = train(tmp_path / "up", *more, "--kl-target", 1e-9, "--lr", 3e-3, "--steps", 8)
     up = [line["kl_coef"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
     kl = [line["kl_response"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
     want = [0.5]
