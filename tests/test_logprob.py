@@ -512,7 +512,8 @@ def test_ahead_of_time_compilation(dtype, cc):
     from triton.backends.compiler import GPUTarget
 
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    constants = {"BM": logprob.BM, "BN": logprob.BN, "BK": 64 if dtype == "bf16" else 32, "UPCAST": False}
+    bk = logprob.BK_BYTES // (2 if dtype == "bf16" else 4)
+    constants = {"BM": logprob.BM, "BN": logprob.BN, "BK": bk, "UPCAST": False}
     for kernel in (logprob._forward_kernel, logprob._backward_kernel):
         own = constants | ({"SPAN": logprob.SPAN} if "SPAN" in kernel.arg_names else {})
         types = dict.fromkeys(("h", "w", "dz"), f"*{dtype}") | dict.fromkeys(
@@ -529,8 +530,7 @@ def test_ahead_of_time_compilation(dtype, cc):
             {(kernel.arg_names.index(name),): value for name, value in own.items()},
             {(i,): [["tt.divisibility", 16]] for i in aligned},
         )
-        options = {"num_warps": 8, "num_stages": 3}
-        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=logprob.LAUNCH)
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(binary.asm["ptx"])
             file.flush()
