@@ -541,6 +541,8 @@ def test_ahead_of_time_compilation(dtype, cc):
         assert binary.metadata.shared <= {80: 163, 86: 99, 90: 227}[cc] * 1024
         if dtype == "bf16":
             assert ("wgmma" if cc == 90 else "mma.sync") in binary.asm["ptx"]
+        else:  # products of fp32 are not those of TF32's ten bits, which no interpreter would show
+            assert "fma.rn.f32" in binary.asm["ptx"] and "tf32" not in binary.asm["ptx"]
 
 
 WITHOUT_TRITON = """
