@@ -44,6 +44,7 @@ except ImportError:
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # tests: the kernels run in Python, on CPU tensors
 BM, BN, SPAN = 128, 128, 8  # a tile is BM rows by BN words; one forward program visits SPAN tiles
+BK_BYTES, LAUNCH = 128, {"num_warps": 8, "num_stages": 3}  # a step in D; all of it fits without spills
 BLOCK = 2**18  # torch: elements of [N, chunk] that go through the elementwise steps together, in cache
 
 
@@ -132,7 +133,7 @@ def _forward_triton(h, w, t, inv_T):
     zt = torch.empty(n, dtype=torch.float32, device=h.device)  # [N]
     _forward_kernel[(triton.cdiv(n, BM), len(stats))](
         h, w, t, zt, stats, n, V, D, h.stride(0), w.stride(0), inv_T,
-        BM, BN, 128 // h.element_size(), SPAN, INTERPRET, num_warps=8, num_stages=3,
+        BM, BN, BK_BYTES // h.element_size(), SPAN, INTERPRET, **LAUNCH,
     )  # fmt: skip
     return zt, stats
 
@@ -203,7 +204,7 @@ def _dz_triton(h, w, t, m, a, b, g, v, c, inv_T, buffer):
     (n, D), V, dz = h.shape, len(w), buffer[: len(h) * c].view(len(h), c)  # [N, c]
     _backward_kernel[(triton.cdiv(n, BM), triton.cdiv(c, BN))](
         h, w, t, m, a, b, g, dz, n, V, D, h.stride(0), w.stride(0), v, c, inv_T,
-        BM, BN, 128 // h.element_size(), INTERPRET, num_warps=8, num_stages=3,
+        BM, BN, BK_BYTES // h.element_size(), INTERPRET, **LAUNCH,
     )  # fmt: skip
     return dz
 

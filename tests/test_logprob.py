@@ -466,25 +466,31 @@ OVERFLOW = """
 import mmap, torch, triton
 from common import logprob as L
 L.BM = L.BN = 16
-size = (2**31 + 2**10) * 4
-def far(rows, cols, stride):  # rows 2^26 elements apart in memory that is never touched between them
+def far(shape, stride):  # rows 2^26 elements apart in memory that is never touched between them
+    size = (sum((n - 1) * k for n, k in zip(shape, stride)) + 2**10) * 4
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
-    return torch.as_strided(torch.frombuffer(memory, dtype=torch.float32), (rows, cols), (stride, 1))
+    return torch.as_strided(torch.frombuffer(memory, dtype=torch.float32), shape, stride)
 g = torch.Generator().manual_seed(0)
 near = torch.randn(33, 16, generator=g)
 small = torch.randn(40, 16, generator=g)
-x = far(33, 16, 2**26)
+x = far((33, 16), (2**26, 1))
 x.copy_(near)
 t = torch.arange(33) % 33
 for (h, w), (fh, fw) in (((near, small), (x, small)), ((small[:33], near), (small[:33], x))):
     a, b = L.token_logprobs(h, w, t), L.token_logprobs(fh, fw, t)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 m, a, b, up = torch.zeros(33), -torch.ones(33), torch.ones(33), torch.ones(33)
-for c, dz in ((40, torch.empty(33, 40)), (2**26, far(33, 40, 2**26))):  # first tiles of a chunk of 2^26 words
+for c, dz in ((40, torch.empty(33, 40)), (2**26, far((33, 40), (2**26, 1)))):  # words in the chunk
     L._backward_kernel[(3, 3)](
         near, small, t, m, a, b, up, dz, 33, 40, 16, 16, 16, 0, c, 1.0, 16, 16, 32, True)
     first = dz.clone() if c == 40 else first
     assert torch.equal(dz, first)
+for n in (33, 2**29):  # the triples of 3 parts [3, 3, n], of which the first rows are computed
+    zt, stats = torch.zeros(33), far((3, 3, 33), (3 * n, n, 1))
+    L._forward_kernel[(2, 3)](
+        near, small, t, zt, stats, n, 40, 16, 16, 16, 1.0, 16, 16, 32, 1, True)
+    triples = stats[..., :32].clone() if n == 33 else triples
+    assert torch.equal(stats[..., :32], triples)
 print("right")
 """
 
@@ -506,7 +512,8 @@ def test_ahead_of_time_compilation(dtype, cc):
     from triton.backends.compiler import GPUTarget
 
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    constants = {"BM": logprob.BM, "BN": logprob.BN, "BK": 64 if dtype == "bf16" else 32, "UPCAST": False}
+    bk = logprob.BK_BYTES // (2 if dtype == "bf16" else 4)
+    constants = {"BM": logprob.BM, "BN": logprob.BN, "BK": bk, "UPCAST": False}
     for kernel in (logprob._forward_kernel, logprob._backward_kernel):
         own = constants | ({"SPAN": logprob.SPAN} if "SPAN" in kernel.arg_names else {})
         types = dict.fromkeys(("h", "w", "dz"), f"*{dtype}") | dict.fromkeys(
@@ -523,8 +530,7 @@ def test_ahead_of_time_compilation(dtype, cc):
             {(kernel.arg_names.index(name),): value for name, value in own.items()},
             {(i,): [["tt.divisibility", 16]] for i in aligned},
         )
-        options = {"num_warps": 8, "num_stages": 3}
-        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=logprob.LAUNCH)
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(binary.asm["ptx"])
             file.flush()
@@ -535,6 +541,8 @@ def test_ahead_of_time_compilation(dtype, cc):
         assert binary.metadata.shared <= {80: 163, 86: 99, 90: 227}[cc] * 1024
         if dtype == "bf16":
             assert ("wgmma" if cc == 90 else "mma.sync") in binary.asm["ptx"]
+        else:  # products of fp32 are not those of TF32's ten bits, which no interpreter would show
+            assert "fma.rn.f32" in binary.asm["ptx"] and "tf32" not in binary.asm["ptx"]
 
 
 WITHOUT_TRITON = """
