@@ -678,6 +678,7 @@ def load_state(folder, args):
         damaged = f"{folder}/state.pt is damaged or holds more than tensors and numbers"
         kind = type(error).__name__  # torch's own text advises to execute what is in it
         raise BadInput(f"--resume: {damaged} ({kind}); start again without --resume.") from None
+    demand("written" in state, f"--resume: {folder} is of an older version; start again without --resume.")
     same_arguments(state["args"], args)
     return state
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_jsonl, same_metrics, same_weights, write_jsonl
+from tqdm import tqdm
 
 import common.tokenization as tok
 
@@ -60,6 +62,9 @@ def fork(log, script, flags, before=lambda: None):
         return pid
     status = 70
     try:
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own one is in shared memory, where a killed child would hold it
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         before()
         script.main(script.parse_args(flags))
@@ -203,6 +208,18 @@ def test_a_signal_ends_a_run_after_its_step(name, number, whole, child, tmp_path
     end, said = child(name, out, "--resume")
     assert end == 0, said
     same_run(out, whole(name)[0])
+
+
+def test_a_signal_after_the_decision_to_save_ends_the_next_step():
+    """Else a run would leave without a checkpoint, and under torchrun one rank without the others."""
+    state, saved = {"step": 0, "stop": 0, "leave": 0, "faults": 0}, []
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        for step in tok.steps(state, 5):
+            saved += [step] if tok.due(state, 0) else []
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert saved == [3] and stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_signals_to_a_process(spawn, tmp_path):
