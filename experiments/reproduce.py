@@ -209,11 +209,8 @@ def report(cells, seeds, write):
         if common := sorted(set(both[0]) & set(both[1])):
             a, b = (shares([x[s] for s in common], number.replace("pass@1", "test")) for x in both)
             compared.append({"better": better, "worse": worse, "number": number, "gain": interval(a - b)})
-    if write:
-        both = {"rows": rows, "compared": compared}
-        (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
     head = "| |pass@1|greedy|pass@8|L1|L2|L3|L4|L5|L6|harder|side|KL|entropy|length|generated|trained|CPU s|"
-    print(head + "\n" + "|---" * (head.count("|") - 1) + "|")
+    text = [head, "|---" * (head.count("|") - 1) + "|"]
     for cell, row in rows.items():
         ends = {key: "{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("pass@1", "harder", "side")}
         name = (
@@ -225,13 +222,18 @@ def report(cells, seeds, write):
         line += [f"{x:.2f}" for x in row["levels"].values()] + [ends["harder"], ends["side"]]
         line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
         line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
-        print("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
-    print("\n| better? | than | number | gain, 95 % interval | |\n|---|---|---|---|---|")
+        text.append("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
+    text += ["", "| better? | than | number | gain, 95 % interval | |", "|---|---|---|---|---|"]
     for c in compared:
         mean, low, high = c["gain"]
         verdict = "yes" if low > 0 else "no, worse" if high < 0 else "not decided"
         gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        print(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {verdict} |")
+        text.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {verdict} |")
+    print("\n".join(text))
+    if write:
+        both = {"rows": rows, "compared": compared}
+        (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
+        (RESULTS / "results.md").write_text("\n".join(text) + "\n")
 
 
 def main():
@@ -241,7 +243,9 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/reproduce", help="where the cells are")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing, report")
-    parser.add_argument("--write", action="store_true", help="write experiments/results/results.json, too")
+    parser.add_argument(
+        "--write", action="store_true", help="write experiments/results/results.{json,md}, too"
+    )
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "cells"):
