@@ -19,7 +19,7 @@ METHODS = {  # flags that bring in every log-probability there is
     "dpo": "--k 4 --pair-questions 24",
     "grpo": GROUP,
     "prefix_rft": GROUP,
-    "rlhf_ppo": "--batch-size 32 --preference-questions 12 --reward-epochs 1",
+    "rlhf_ppo": "--batch-size 28 --preference-questions 6 --reward-epochs 1",
 }
 V, CHUNK = 479, 239  # the words of tiny/model, and a width that nothing but the kernel's chunks has
 
