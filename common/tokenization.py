@@ -548,7 +548,8 @@ def load_scorer(source, tokenizer, args, new_head=False):
         )
     except Exception as error:
         raise BadInput(f"--reward-model {source} cannot be loaded ({first_line(error)}).") from None
-    ids, known = tokenizer.get_vocab().items(), AutoTokenizer.from_pretrained(source).get_vocab().items()
+    known = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab().items()
+    ids = tokenizer.get_vocab().items()
     demand(ids <= known, f"--reward-model {source}: its tokenizer gives other ids than that of {args.model}.")
     if new_head:  # as Stiennon et al.: scores of about 1
         torch.nn.init.normal_(head(scorer).weight, std=(head(scorer).in_features + 1) ** -0.5)
