@@ -369,7 +369,7 @@ def main(args):
 
         # train
         passes = [torch.randperm(size).tensor_split(args.minibatches) for _ in range(args.epochs_per_batch)]
-        inv_z = torch.zeros_like(advantage)
+        inv_z = torch.zeros(tokens.shape, device=tokens.device)
         losses, norms, seen = [], [], []
         for minibatch in sum(passes, ()):
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)

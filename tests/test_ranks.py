@@ -37,6 +37,7 @@ SAME = "loss entropy grad_norm lr tokens_trained response_len accuracy reward kl
 def replayed(name, folder, out, data, monkeypatch):
     """A run of a script in float64 whose samples are recorded, or taken from a record: ranks draw others."""
     script, tape = importlib.import_module(name.split("-")[0]), folder / f"{name}.pickle"
+    scorer = tok.load_scorer
     records, draw, load = (
         pickle.loads(tape.read_bytes()) if tape.exists() else [],
         script.sample,
@@ -53,6 +54,7 @@ def replayed(name, folder, out, data, monkeypatch):
     double = lambda *args: (load(*args)[0].double(), load(*args)[1])  # noqa: E731
     monkeypatch.setattr(script, "sample", sample)
     monkeypatch.setattr(tok, "load_model", double)
+    monkeypatch.setattr(tok, "load_scorer", lambda *args, **more: scorer(*args, **more).double())
     flags = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --steps 2 --batch-size 5 --seed 3"
     flags += f" --max-new-tokens 48 --eval-questions 4 --eval-samples 1 --warmup-steps 0 {FLAGS[name]}"
     script.main(script.parse_args(flags.split()))
