@@ -491,6 +491,7 @@ def check_arguments(args):
         flag = f"--{name.replace('_', '-')} {given}"
         if isinstance(given, (int, float)):
             least, most = LEAST.get(name, 0), MOST.get(name, float("inf"))
+            least -= name == "k" and getattr(args, "add_gold", False)  # demonstrations without any sample
             demand(isfinite(given), f"{flag}: must be a finite number.")
             demand(given >= least, f"{flag}: must be at least {least}.")
             demand(given <= most, f"{flag}: must be at most {most}.")
