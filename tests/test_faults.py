@@ -235,22 +235,19 @@ def test_a_signal_after_the_decision_to_save_ends_the_next_step():
 
 
 def test_signals_to_a_process(spawn, tmp_path):
-    """As a user: Ctrl-C while it loads and kill while it trains; no traceback in either."""
-    out = tmp_path / "run"
-    for number, code, mark in (
-        (signal.SIGINT, -signal.SIGINT, "args.json"),
-        (signal.SIGTERM, 143, "checkpoint-000001"),
-    ):
+    """As a user: Ctrl-C and kill while it trains; no traceback in either."""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        out = tmp_path / str(code)
         process = spawn("sft", out, "--steps", 5000, "--save-every", 1)
         deadline = time.time() + 240
-        while not (out / mark).exists() and process.poll() is None and time.time() < deadline:
+        while not tok.checkpoints(out) and process.poll() is None and time.time() < deadline:
             time.sleep(0.001)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == code and "Traceback" not in stderr, stderr
-        assert ("interrupted: --resume" if code < 0 else "stopped after step") in stderr
-    step = read_jsonl(out / "metrics.jsonl")[-1]["step"]
-    assert [path.name for path in tok.checkpoints(out)] == [f"checkpoint-{step:06}"]
+        assert "stopped after step" in stderr
+        step = read_jsonl(out / "metrics.jsonl")[-1]["step"]
+        assert [path.name for path in tok.checkpoints(out)] == [f"checkpoint-{step:06}"]
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------
