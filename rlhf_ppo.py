@@ -329,11 +329,12 @@ def main(args):
             metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
             tok.log(out, metrics | evaluate(model, tokenizer, test, args))
         tok.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # --resume goes on
-    if not args.reward_model and not (out / "reward_model").exists():
+    if not args.reward_model and "fitted" not in state:
         with autocast:
             groups = preferences(model, tokenizer, train, out, args)
             if args.stop_after != "preferences":
                 fit_reward_model(model, tokenizer, groups, test, out, args)
+                state["fitted"] = True
         tok.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # with its log
     if args.stop_after != "ppo":
         return
