@@ -107,7 +107,7 @@ def sample(model, tokenizer, prompts, temperature, args):
             alive = alive & ~torch.isin(token[:, 0], stops)
             if not (left := alive.sum()):
                 break
-            if left < 0.8 * len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+            if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
                 cache.batch_select_indices(keep := alive.nonzero()[:, 0])
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]

@@ -112,7 +112,7 @@ def sample(model, tokenizer, prompts, temperature, args):
             alive = alive & ~torch.isin(token[:, 0], stops)
             if not (left := alive.sum()):
                 break
-            if left < 0.8 * len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+            if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
                 cache.batch_select_indices(keep := alive.nonzero()[:, 0])
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]
@@ -185,14 +185,12 @@ def advantages(rewards, how):
 def prefix_weight(A, logp, entropy, prefix, args):
     """What multiplies r on each token, [N, T]: A, of the prefix tokens only the most uncertain keep it."""
     p, n = logp.exp(), int(prefix.sum())
-    weight = {"ratio": A, "luffy": A * 0.1 * p / (p + 0.1) ** 2, "sft": torch.ones_like(p)}[
-        args.prefix_weight
-    ]
+    weights = {"ratio": A, "luffy": A * 0.1 * p / (p + 0.1) ** 2, "sft": torch.ones_like(p)}
     kept = {"all": n, "none": 0}.get(args.prefix_loss, n - int((1 - args.prefix_entropy_keep) * n))
     rank = {"random": torch.rand_like(entropy), "bottom": -entropy}.get(args.prefix_loss, entropy)
     rank = rank.masked_fill(prefix == 0, -torch.inf)
     keep = torch.zeros_like(rank).view(-1).index_fill(0, rank.flatten().topk(kept).indices, 1).view_as(rank)
-    return torch.where(prefix == 1, weight * keep, A)  # Z still counts the tokens whose weight is 0
+    return torch.where(prefix == 1, weights[args.prefix_weight] * keep, A)  # Z counts weight 0, too
 
 
 def inverse_z(response_mask, how, budget):

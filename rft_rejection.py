@@ -109,7 +109,7 @@ def sample(model, tokenizer, prompts, temperature, args):
             alive = alive & ~torch.isin(token[:, 0], stops)
             if not (left := alive.sum()):
                 break
-            if left < 0.8 * len(rows):  # finished rows leave: a batch costs its mean length, not its longest
+            if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
                 cache.batch_select_indices(keep := alive.nonzero()[:, 0])
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]
@@ -252,9 +252,7 @@ def main(args):
                 metrics, found = harvest(model, tokenizer, asked, args)
             tok.log(out, {"step": begin} | metrics | {"seconds_sample": time.time() - began}, found)
             state["sampled"] = begin
-            if (
-                args.restart == "base"
-            ):  # the samples get better, the model that learns from them is the old one
+            if args.restart == "base":  # samples get better, the model that learns from them is the old one
                 model.load_state_dict(tok.load_model(args.base or args.model)[0].state_dict())
                 optimizer = tok.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": begin}

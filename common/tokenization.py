@@ -58,17 +58,6 @@ def demand(condition, sentence):
         raise BadInput(sentence)
 
 
-def interrupted(kind, error, trace):
-    """Ctrl-C before the first step or after the last one: one line, and Python's own exit by SIGINT."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = interrupted
-
-
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -12,7 +12,7 @@ at any time. Cells do not evaluate themselves: `measure` asks every final model 
 Fixed before the runs: the main number is pass@1, the share of right answers among 8 samples at temperature 1
 to each of 300 held-out questions; an interval is the middle 95 % of 2,000 bootstrap draws that resample seeds
 and questions; two methods are compared on the same questions and seeds, and they differ if the interval of
-their difference does not hold 0.
+their difference does not hold 0, over three seeds at least.
 """
 
 import argparse
@@ -208,7 +208,8 @@ def report(cells, seeds, write):
         both = [{x["seed"]: x for x in every.get(cell, [])} for cell in (better, worse)]
         if common := sorted(set(both[0]) & set(both[1])):
             a, b = (shares([x[s] for s in common], number.replace("pass@1", "test")) for x in both)
-            compared.append({"better": better, "worse": worse, "number": number, "gain": interval(a - b)})
+            gain = {"seeds": len(common), "gain": interval(a - b)}
+            compared.append({"better": better, "worse": worse, "number": number} | gain)
     head = "| |pass@1|greedy|pass@8|L1|L2|L3|L4|L5|L6|harder|side|KL|entropy|length|generated|trained|CPU s|"
     text = [head, "|---" * (head.count("|") - 1) + "|"]
     for cell, row in rows.items():
@@ -223,12 +224,13 @@ def report(cells, seeds, write):
         line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
         line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
         text.append("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
-    text += ["", "| better? | than | number | gain, 95 % interval | |", "|---|---|---|---|---|"]
+    text += ["", "| better? | than | number | gain, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
     for c in compared:
         mean, low, high = c["gain"]
         verdict = "yes" if low > 0 else "no, worse" if high < 0 else "not decided"
+        verdict = verdict if c["seeds"] >= 3 else "too few seeds"
         gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        text.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {verdict} |")
+        text.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {c['seeds']} | {verdict} |")
     print("\n".join(text))
     if write:
         both = {"rows": rows, "compared": compared}
