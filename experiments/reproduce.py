@@ -83,29 +83,30 @@ def name_of(cell, seed):
 # ---- running ---------------------------------------------------------------------------------------------
 
 
+def process(screen, *command):
+    """CPU and wall seconds of a command with one thread; what it prints goes to the file `screen`."""
+    began = time.time()
+    with open(screen, "a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0, f"{' '.join(command)} failed, see {screen}"
+    return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
+
+
 def run(cell, seed, runs):
-    """One cell and its measurement, each a process with one thread; the screen goes to <folder>.log."""
+    """One cell and its measurement, each a process; the screen goes to <folder>.log."""
     out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
     if result.exists():
         return
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(f"{out}.log", "a") as screen:
-
-        def process(*command):
-            began = time.time()
-            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
-            _, status, usage = os.wait4(child.pid, 0)
-            assert status == 0, f"{' '.join(command)} failed, see {out}.log"
-            return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
-
-        if not (out / "final").exists():
-            flags = f"--seed {seed} --output-dir {out} --eval-questions 1 --eval-samples 0"
-            flags += " --resume" * bool(tok.checkpoints(out))
-            seconds = process(sys.executable, *CELLS[cell].split(), *flags.split())
-            if "--resume" not in flags:  # else this is a part of them only
-                (out / "seconds.json").write_text(json.dumps(seconds))
-        if not (out / "measured.json").exists():
-            process(sys.executable, __file__, "--measure", str(out / "final"))
+    if not (out / "final").exists():
+        flags = f"--seed {seed} --output-dir {out} --eval-questions 1 --eval-samples 0"
+        flags += " --resume" * bool(tok.checkpoints(out))
+        seconds = process(f"{out}.log", sys.executable, *CELLS[cell].split(), *flags.split())
+        if "--resume" not in flags:  # else this is a part of them only
+            (out / "seconds.json").write_text(json.dumps(seconds))
+    if not (out / "measured.json").exists():
+        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"))
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
