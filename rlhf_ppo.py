@@ -387,10 +387,10 @@ def main(args):
                 loss.backward()
                 losses.append(loss.item() / updates)  # the sum over micro-batches, the mean over updates
                 seen.append(torch.stack([entropy.detach(), k3, ratio])[:, m.bool()].cpu())  # [3, tokens]
-            tok.reduce_gradients(critic.parameters())  # of the error, not of the policy: not part of the norm
+            error = torch.nn.utils.clip_grad_norm_(tok.reduce_gradients(critic.parameters()), torch.inf)
             parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
-            if tok.finite(norms[-1], state):
+            if tok.finite(norms[-1] + error, state):  # the critic's is not clipped, but is finite, too
                 optimizer.step()
             optimizer.zero_grad()
         losses, seen = tok.gather(losses), tok.gather(seen)

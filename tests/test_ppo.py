@@ -539,6 +539,15 @@ def test_a_response_without_eos_has_the_constant_score(whole, train, tmp_path):
     assert line["truncated_frac"] == 1 and line["reward"] == -5
 
 
+def test_a_gradient_of_the_critic_alone_that_is_not_finite_moves_nothing(whole, train, tmp_path, monkeypatch):
+    """The policy's gradient is finite, but the critic would be lost, and with it every later step."""
+    monkeypatch.setattr(ppo, "value_loss", lambda value, *rest: (value * float("nan")).sum())
+    out = tmp_path / "run"
+    train(out, "--reward-model", whole / "reward_model", "--steps", 1)
+    assert read_jsonl(out / "metrics.jsonl")[-1]["skipped"] == 2  # both updates of the step
+    same_weights(out / "final", f"{ROOT}/tiny/model")
+
+
 def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
     """Ziegler et al.: at most 2 % a step, up where the KL is above its target, down where it is below."""
     more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *QUICK]
