@@ -19,6 +19,10 @@ F, q query and k key-value heads of width h, and b bytes per activation (2 under
 --gradient-checkpointing keeps only the fp32 input of each layer, 4 T D, and one layer at a time in full. Not
 counted: CUDA's context, work spaces and fragments (allow 2 GiB); the KV cache of sampling, 2 L k h b bytes
 per token, which is gone when a step trains; temporaries of Adam, about 4 P / n, when activations are gone.
+
+The second table is that of rlhf_ppo.py: policy and critic are trained, with activations of both at once, the
+reference and the reward model are frozen and have weights only. Critic and reward model have S parameters,
+an output of width 1 instead of V: S = P + D + 1 - V D, or P + D + 1 where the output is the embedding.
 """
 
 import argparse
@@ -53,22 +57,44 @@ def total(shape, tokens, recompute, ranks, b=2):
     return 8 * p + 8 * p / ranks + copies + tokens * (activations + 16 * d)
 
 
+def scorer(shape):
+    """S."""
+    _, d, _, v, *_, tied = shape
+    return parameters(shape)[0] + d + 1 - (0 if tied else v * d)
+
+
+def four(shape, tokens, recompute, ranks, b=2):
+    """Bytes on one GPU under rlhf_ppo.py: policy, critic, reference, reward model."""
+    p, s = parameters(shape)[0], scorer(shape)
+    policy, critic = total(shape, tokens, recompute, ranks, b), total(shape, tokens, recompute, ranks, b)
+    return policy + critic - 8 * (p - s) - 8 * (p - s) / ranks + 4 * p + 4 * s
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help="--micro-batch-tokens")
     tokens = parser.parse_args().tokens
     columns = "weights | gradients | Adam, 1 / 8 / 16 GPUs | bf16 copies | activations | … recomputed"
-    print(
-        f"| GiB per GPU, computed | {columns} | all: 1 GPU | 1, recomputed | 8, recomputed | 16, recomputed |"
-    )
-    print("| --- " * 11 + "|")
+    ways = ((False, 1), (True, 1), (True, 8), (True, 16))  # recomputed? GPUs
+    ends = "1 GPU | 1, recomputed | 8, recomputed | 16, recomputed |"
+    print(f"| GiB per GPU, computed | {columns} | all: {ends}\n" + "| --- " * 11 + "|")
     for name, shape in SHAPES.items():
         p, matrices = parameters(shape)
-        adam = " / ".join(f"{8 * p / n / GIB:.1f}" for n in (1, 8, 16))
+        adam = " / ".join(gib(8 * p / n) for n in (1, 8, 16))
         parts = [total(shape, tokens, r, 1) - total(shape, 0, r, 1) for r in (False, True)]
-        whole = [total(shape, tokens, r, n) for r, n in ((False, 1), (True, 1), (True, 8), (True, 16))]
-        gib = [f"{x / GIB:.1f}" for x in (4 * p, 4 * p, 2 * matrices, *parts, *whole)]
-        print(f"| {name}, {p / 1e9:.2f} G | " + " | ".join([*gib[:2], adam, *gib[2:]]) + " |")
+        whole = [total(shape, tokens, *way) for way in ways]
+        cells = [gib(x) for x in (4 * p, 4 * p, 2 * matrices, *parts, *whole)]
+        print(f"| {name}, {p / 1e9:.2f} G | " + " | ".join([*cells[:2], adam, *cells[2:]]) + " |")
+    columns = "policy | critic | reference | reward model"
+    print(f"\n| GiB per GPU, computed, `rlhf_ppo.py` | {columns} | all: {ends}\n" + "| --- " * 9 + "|")
+    for name, shape in SHAPES.items():
+        p, s = parameters(shape)[0], scorer(shape)
+        cells = [16 * p, 16 * s, 4 * p, 4 * s, *(four(shape, tokens, *way) for way in ways)]
+        print(f"| {name} | " + " | ".join(map(gib, cells)) + " |")
+
+
+def gib(x):
+    return f"{x / GIB:.1f}"
 
 
 if __name__ == "__main__":

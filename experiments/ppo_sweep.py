@@ -128,17 +128,18 @@ def report(seeds):
     fits = [json.loads(x.read_text()) for s in seeds if (x := RESULTS / f"ppo/reward-{s}.json").exists()]
     for fit in fits:
         print(f"reward model {fit['seed']}: {fit['pair_accuracy']:.3f} of {fit['pair_accuracy_max']:.3f}")
-    start = every["best of n"]
+    start = every.get("best of n", {})
     text = ["| |score|hidden utility|utility, less the base's|KL|seeds|", "|---|---|---|---|---|---|"]
     rows = {}
     for cell, done in every.items():
         for point in done[min(done)]:
             both = sorted(done.keys() & start.keys())
             ends = {k: interval(stack(done, point, k)) for k in ("score", "utility", "kl")}
+            if not both:
+                continue
             gain = stack(done, point, "utility", both) - stack(start, "1", "utility", both)
-            ends["gain"], name = interval(gain), cell if CELLS[cell] else cell.replace("n", point)
-            if len(both) > 1 or point != "1":
-                rows[name] = ends | {"seeds": list(done)}
+            ends["gain"], name = interval(gain), cell if CELLS[cell] else f"best of {point}"
+            rows[name] = ends | {"seeds": list(done)}
             numbers = ["{:.2f} [{:.2f}, {:.2f}]".format(*ends[k]) for k in ("score", "utility", "gain", "kl")]
             text.append("| " + " | ".join([name, *numbers, str(len(done))]) + " |")
     text += ["", "| beta | than | score | utility | seeds |", "|---|---|---|---|---|"]

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     Gemma2Config,
     GemmaConfig,
@@ -388,3 +389,11 @@ def test_the_computed_memory_of_a_layer_is_what_torch_keeps(b):
     copies = 2 * memory.parameters(shape)[1] if b == 2 else 0
     assert held[1] - held[0] == 256 * memory.layer(shape, b) + copies
     assert sum(p.numel() for p in model.parameters()) == memory.parameters((2, *shape[1:]))[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_computed_parameters_of_a_scorer_are_its_own(tied):
+    size = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+    config = Qwen2Config(vocab_size=100, num_hidden_layers=2, tie_word_embeddings=tied, num_labels=1, **size)
+    model = AutoModelForTokenClassification.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == memory.scorer((2, 64, 160, 100, 4, 2, 16, tied))

@@ -1,0 +1,83 @@
+"""The tables of the README: bootstrap and best-of-n, and that they hold what was measured."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from experiments import ppo_sweep, reproduce
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_best_of_n_is_the_mean_over_all_choices():
+    torch.manual_seed(0)
+    score, utility = torch.randn(2, 3, 6)
+    for n in (1, 2, 4, 6):
+        got = ppo_sweep.best_of(n, score, utility)
+        for q in range(3):
+            choices = [max(some, key=lambda i: score[q, i]) for some in itertools.combinations(range(6), n)]
+            for name, what in (("score", score), ("utility", utility)):
+                want = sum(what[q, i].item() for i in choices) / len(choices)
+                assert got[name][q].item() == pytest.approx(want, abs=1e-5)
+    assert ppo_sweep.best_of(1, score, utility)["kl"].tolist() == [0, 0, 0]
+    assert ppo_sweep.best_of(4, score, utility)["kl"][0].item() == pytest.approx(0.6363, abs=1e-4)
+
+
+def test_the_bootstrap_resamples_seeds_and_questions():
+    """Its standard deviation is that of a mean over both: seeds that differ are not averaged away."""
+    torch.manual_seed(0)
+    seeds, questions = torch.randn(5, 1), torch.randn(1, 200)
+    apart = reproduce.draws(seeds.expand(5, 200), 4000).std().item()
+    assert apart == pytest.approx((seeds.var(correction=0) / 5).sqrt().item(), rel=0.05)
+    apart = reproduce.draws(questions.expand(5, 200), 4000).std().item()
+    assert apart == pytest.approx((questions.var(correction=0) / 200).sqrt().item(), rel=0.05)
+
+
+def test_the_draws_of_two_methods_are_the_same():
+    """Paired: a method that is better by the same on every question is better by that in every draw."""
+    right = torch.rand(3, 50)
+    assert (reproduce.draws(right + 0.25) - reproduce.draws(right)).sub(0.25).abs().max() < 1e-6
+    mean, low, high = reproduce.interval(right)
+    assert low < mean < high
+
+
+def test_the_claims_are_about_cells():
+    for better, worse, number in reproduce.CLAIMS:
+        assert {better, worse} <= reproduce.CELLS.keys() and number in ("pass@1", *reproduce.SPLITS)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments/results/cells").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_cell_is_what_the_command_of_today_would_run(file):
+    """A changed command makes its records those of another method."""
+    record = json.loads(file.read_text())
+    assert file.stem == reproduce.name_of(record["cell"], record["seed"])
+    assert record["cell"] == "base" or record["command"] == reproduce.CELLS[record["cell"]]
+    for split, (questions, n) in reproduce.SPLITS.items():
+        assert len(record[split]) == questions and 0 <= min(record[split]) <= max(record[split]) <= n
+
+
+def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch):
+    """results.md and .json, made again from the records."""
+    files = ("results.md", "results.json")
+    before = [(reproduce.RESULTS / name).read_text() for name in files]
+    (tmp_path / "cells").symlink_to(reproduce.RESULTS / "cells")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    reproduce.report(list(reproduce.CELLS), [0, 1, 2, 3, 4], write=True)
+    assert [(tmp_path / name).read_text() for name in files] == before
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    """pass@1 with its interval, greedy accuracy and number of seeds of every row."""
+    rows = json.loads((reproduce.RESULTS / "results.json").read_text())["rows"]
+    said = re.findall(r"^\| (.+?) \| (\d\.\d+ \[.+?\]) \| (\d\.\d+) \|.*\| (\d?) ?\|$", README, re.M)
+    assert {name for name, *_ in said} == rows.keys()
+    for name, main, greedy, seeds in said:
+        assert main == "{:.3f} [{:.3f}, {:.3f}]".format(*rows[name]["pass@1"])
+        assert greedy == f"{rows[name]['test_greedy'][0]:.3f}"
+        assert name == "base" or int(seeds) == len(rows[name]["seeds"])
