@@ -466,11 +466,12 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 MODEL_FOLDER = "it has to be a folder or hub name with config.json, a tokenizer and weights in .safetensors"
 
 # what a number must be at least and at most, where it is a flag of the script; of others: 0 and no limit
-LEAST = {"group_size": 2, "no_eos_score": -1e9}
+LEAST = {"group_size": 2, "no_eos_score": -1e9, "temperature": 1e-3}  # a smaller one overflows: logits / T
 LEAST |= dict.fromkeys("batch_size micro_batch_tokens max_new_tokens sample_rows eval_questions k".split(), 1)
 LEAST |= dict.fromkeys("epochs_per_batch minibatches prefix_decay_steps max_demo_tokens rounds".split(), 1)
 LEAST |= dict.fromkeys("pair_questions preference_questions reward_epochs".split(), 1)
 MOST = {"steps": 10**6 - 1, "seed": 10**12}  # the draws of step s are those of seed * 10**6 + s
+MOST |= {"lr": 1, "reward_lr": 1}  # AdamW moves each weight by about lr a step
 MOST |= dict.fromkeys("clip_low prefix_entropy_keep demo_fraction lam".split(), 1)
 
 
@@ -484,8 +485,7 @@ def check_arguments(args):
             demand(isfinite(given), f"{flag}: must be a finite number.")
             demand(given >= least, f"{flag}: must be at least {least}.")
             demand(given <= most, f"{flag}: must be at most {most}.")
-    for name in ("temperature", "max_grad_norm"):
-        demand(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0.")
+    demand(args.max_grad_norm > 0, f"--max-grad-norm {args.max_grad_norm}: must be above 0.")
     rows, parts = args.batch_size * getattr(args, "group_size", 1), getattr(args, "minibatches", 1)
     demand(parts <= rows, f"--minibatches {parts}: a step has {rows} completions only; lower it.")
     penalty, budget = getattr(args, "overlong_tokens", 0), args.max_new_tokens
@@ -518,10 +518,20 @@ def load_model(source, recompute=False, flag="--model"):
 
 def placed(model, recompute):
     """On the GPU if there is one; eval(): dropout off."""
+    model.base_model.register_forward_pre_hook(check_positions, with_kwargs=True)
     for layer in model.modules() if recompute else ():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(recomputed, layer.forward)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def check_positions(model, tokens, inputs):
+    """What `check_lengths` cannot know before a run, such as pairs or a hint: the model has the positions."""
+    at = inputs.get("position_ids")
+    need = (tokens or [inputs["input_ids"]])[0].shape[1] if at is None else 1 + int(at.max())
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    many = f"--model {model.config.name_or_path}: {need} tokens of prompt and response exceed its {most}"
+    demand(need <= most, f"{many} positions; lower --max-new-tokens or remove long rows.")
 
 
 def load_scorer(source, tokenizer, args, new_head=False):

@@ -382,7 +382,7 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--max-new-tokens 2040": "train, row 0: ",
     "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
     "--prompt-template Solve": "--prompt-template: the model would not see the question",
-    "--temperature 0": "--temperature 0.0: must be above 0",
+    "--temperature 0": "--temperature 0.0: must be at least 0.001",
     "--max-grad-norm 0": "--max-grad-norm 0.0: must be above 0",
     "--lr inf": "--lr inf: must be a finite number",
     "--minibatches 7": ("--minibatches 7: a step has 6 completions only", ("grpo", "prefix_rft", "rlhf_ppo")),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
+from conftest import ROOT, SCRIPTS, gpt2, read_jsonl, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -365,6 +365,26 @@ def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
     assert 0 < sum(line["reward"] for line in lines) < 3 and sum(line["grad_norm"] for line in lines) > 0
     assert lines[-1]["skipped"] == 0 and len(read_jsonl(out / "samples.jsonl")) == 6
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(out / "final").parameters())
+
+
+@pytest.mark.parametrize("name", ["prefix_rft", "idft_hinted", "dpo"])
+def test_more_tokens_than_positions_are_refused_where_only_the_run_can_tell(
+    name, pad_is_eos, small, tmp_path, capsys
+):
+    """A prefix before the budget, a hint beside the question, pairs of others; 128 positions."""
+    folder = shutil.copytree(pad_is_eos, tmp_path / "model")
+    gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    pair = {"prompt": "1 + 1?", "chosen": "2 " * 600, "rejected": "3"}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair, pair | {"prompt": "1 + 2?"}])
+    more = {
+        "prefix_rft": ["--max-new-tokens", 85, "--eval-samples", 1],
+        "idft_hinted": ["--hint-template", "{question} {solution}" + " please" * 200],
+        "dpo": ["--pairs", pairs],
+    }[name]
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args(small(name, tmp_path / "run", "--model", folder, *more)))
+    assert stop.value.code == 2 and "positions; lower --max-new-tokens" in capsys.readouterr().err
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
