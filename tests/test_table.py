@@ -1,0 +1,196 @@
+"""The one table of the README: data, weight, mask and Z of each script, read back from autograd."""
+
+import re
+from math import exp, log
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import dpo
+import grpo
+import idft_hinted
+import prefix_rft
+import rft_rejection
+import rlhf_ppo
+import sft
+from experiments.weights import curves, read
+
+# what the tests below hold; a cell that is worded anew is to be held anew
+TABLE = {
+    "sft.py": ("1", "response", "tokens of the optimizer batch", "test_weight_of_sft"),
+    "rft_rejection.py": ("1", "response", "tokens", "test_weight_of_sft"),
+    "idft_hinted.py": (
+        "p^γ, γ = clamp(e^−φ, .1, 2), φ = log p + H",
+        "response",
+        "tokens",
+        "test_weight_of_idft",
+    ),
+    "dpo.py": ("± β σ(−h) (SimPO: divided by the length)", "response", "pairs", "test_weight_of_dpo"),
+    "grpo.py": (
+        "I_clip · r · A + β(π_ref/π − 1)",
+        "response",
+        "sequences × budget, or tokens, or sequences × length",
+        "test_weight_of_grpo",
+    ),
+    "prefix_rft.py": (
+        "I_clip · r · A on both parts",
+        "of the prefix the 20 % of highest entropy",
+        "as GRPO",
+        "test_weight_of_prefix_rft",
+    ),
+    "rlhf_ppo.py": (
+        "I_clip · r · A_t, of a critic: GAE of a reward model's score − β log π/π_ref",
+        "response",
+        "tokens",
+        "test_weight_of_rlhf",
+    ),
+}
+
+
+def test_the_table_says_what_is_held_here():
+    rows = re.findall(
+        r"^\| `(\w+\.py)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert {name: tuple(cells) for name, *cells in rows} == {name: row[:3] for name, row in TABLE.items()}
+    assert all(row[3] in globals() for row in TABLE.values())
+
+
+def on_two_tokens(loss_of):
+    """- mask weight / Z and logp of four rows of six tokens, of two words."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 6, 2, generator=g, dtype=torch.float64)
+    return read(loss_of, logits, torch.randint(2, (4, 6), generator=g))
+
+
+def settings(**changed):
+    """The defaults of prefix_rft.py, which has all of them, with some changed."""
+    return SimpleNamespace(**vars(prefix_rft.parse_args([])) | changed)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, torch.as_tensor(want).double().expand_as(got), rtol=1e-6, atol=1e-7)
+
+
+TWO_MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+TWO_A = torch.tensor([[0.75], [-0.25], [-0.25], [-0.25]], dtype=torch.float64) * TWO_MASK
+
+
+def test_weight_of_sft():
+    for script in (sft, rft_rejection):
+        factor, _ = on_two_tokens(lambda logp, _, of=script: of.sft_loss(logp, TWO_MASK, TWO_MASK.sum()))
+        close(factor, -TWO_MASK * 1 / 13)
+
+
+@pytest.mark.parametrize(
+    "how, z", [("sequence", [12, 16, 4, 20]), ("token", [13] * 4), ("constant", [400] * 4)]
+)
+def test_weight_of_grpo(how, z):
+    """I_clip r A + beta (pi_ref / pi - 1)."""
+    shift = torch.linspace(-0.5, 0.5, 24, dtype=torch.float64).view(4, 6)  # log r: in and out of the region
+
+    def loss(logp, _):
+        old, ref = logp.detach() - shift, logp.detach() + 0.3
+        inv_z = grpo.inverse_z(TWO_MASK, how, 100).double()
+        return grpo.policy_loss(logp, old, ref, TWO_A, TWO_MASK, inv_z, settings(kl_coef=0.1))[0]
+
+    factor, _ = on_two_tokens(loss)
+    r = shift.exp()
+    inside = torch.where(TWO_A > 0, r <= 1.2, r >= 0.8)
+    close(factor, -TWO_MASK * (inside * r * TWO_A + 0.1 * (exp(0.3) - 1)) / torch.tensor(z)[:, None])
+
+
+@pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])
+def test_weight_of_prefix_rft(how):
+    """A on the kept prefix tokens and on own tokens, 0 on the other prefix tokens, Z the same as without."""
+    prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * torch.tensor([[1], [0], [0], [1]])  # 2 + 2 tokens
+    entropy = torch.arange(24, dtype=torch.float64).view(4, 6)  # of the four, row 3 has the two largest
+    args = settings(prefix_weight=how, prefix_entropy_keep=0.5)
+
+    def loss(logp, _):
+        A = prefix_rft.prefix_weight(TWO_A, logp.detach(), entropy, prefix, args)
+        inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
+        return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    factor, logp = on_two_tokens(loss)
+    p, kept = logp.exp(), torch.zeros(4, 6)
+    kept[3, 1:3] = 1
+    own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": torch.ones_like(p)}[how]
+    close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
+
+
+@pytest.mark.parametrize("how", ["sft", "dft", "eaft", "idft"])
+def test_weight_of_idft(how):
+    """p^gamma; 1, p and H / log V are its neighbours."""
+    args, seen = idft_hinted.parse_args(["--weight", how]), []
+
+    def loss(logp, entropy):
+        seen.append(entropy.detach())
+        return idft_hinted.idft_loss(logp, entropy, TWO_MASK, TWO_MASK.sum(), 2, args)
+
+    factor, logp = on_two_tokens(loss)
+    p, H = logp.exp(), seen[0]
+    gamma = torch.exp(-(logp + H)).clip(0.1, 2)
+    want = {"sft": torch.ones_like(p), "dft": p, "eaft": H / log(2), "idft": p**gamma}[how]
+    close(factor, -TWO_MASK * want / 13)
+
+
+@pytest.mark.parametrize("how", ["dpo", "simpo"])
+def test_weight_of_dpo(how):
+    """+ of the chosen and - of the rejected response, beta sigmoid(-h); of SimPO beta sigmoid(-h) / |y|."""
+    start = torch.tensor([-2.0, -1.0, -0.5, -3.0], dtype=torch.float64)
+    args = dpo.parse_args(["--loss", how, "--beta", "0.3"])
+    factor, logp = on_two_tokens(lambda logp, _: dpo.dpo_loss(logp, start, TWO_MASK, 2, args)[0])
+    whole, length = (logp * TWO_MASK).sum(1), TWO_MASK.sum(1)
+    scale = torch.full((4,), 0.3) if how == "dpo" else 2.0 / length
+    reward = scale * (whole - start if how == "dpo" else whole)
+    for i in (0, 2):
+        slope = torch.sigmoid(-(reward[i] - reward[i + 1] - (0.0 if how == "dpo" else 1.0)))
+        for j, sign in ((i, 1), (i + 1, -1)):
+            close(factor[j], -TWO_MASK[j] * sign * scale[j] * slope / 2)
+
+
+def test_weight_of_rlhf():
+    """I_clip r A_t: of a response of n tokens A is a sum over later surprises, whitened over the batch."""
+    g = torch.Generator().manual_seed(2)
+    score, on = torch.tensor([1.0, -0.5, 0.25, 2.0]), TWO_MASK.bool()
+    value, log_ratio = torch.randn(2, 4, 6, generator=g) * TWO_MASK
+    ends = [3, 5, 1, 5]
+    reward = -0.2 * log_ratio
+    reward[range(4), ends] += score
+    want = torch.zeros(4, 6)
+    for i in range(4):
+        at = [t for t in range(6) if on[i, t]]
+        for n, t in enumerate(at):
+            for k, u in enumerate(at[n:]):
+                after = value[i, u + 1] if u != at[-1] else 0.0
+                want[i, t] += 0.95**k * (reward[i, u] + after - value[i, u])
+    want[on] = (want[on] - want[on].mean()) / want[on].std()
+    per_token = rlhf_ppo.tok.put_at_end(score, TWO_MASK) - 0.2 * log_ratio
+    A, _ = rlhf_ppo.gae(per_token, value, TWO_MASK, 0.95)
+    A[on] = rlhf_ppo.advantages(A[on].view(1, -1), "grpo")[0]
+    shift = torch.linspace(-0.5, 0.5, 24, dtype=torch.float64).view(4, 6)  # log r: in and out of the region
+    args = rlhf_ppo.parse_args(["--kl-coef", "0"])
+
+    def loss(logp, _):
+        inv_z = rlhf_ppo.inverse_z(TWO_MASK, "token", 100)
+        return rlhf_ppo.policy_loss(logp, logp.detach() - shift, logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    factor, _ = on_two_tokens(loss)
+    inside = torch.where(want > 0, shift.exp() <= 1.2, shift.exp() >= 0.8)
+    torch.testing.assert_close(
+        factor, (-TWO_MASK * inside * shift.exp() * want / 13).double(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_curves_of_the_figure():
+    """At p = .5 and the values that hand and paper give elsewhere."""
+    at = {name: weight.tolist() for name, weight in curves(torch.tensor([0.1, 0.5, 0.9])).items()}
+    assert at["SFT"] == [1, 1, 1] and at["DFT"] == pytest.approx([0.1, 0.5, 0.9])
+    assert at["LUFFY"] == pytest.approx([0.25, 0.05 / 0.36, 0.09])  # its peak is at gamma = .1
+    assert at["GRPO, clipped"] == pytest.approx([0.2, 1, 0])  # r = p / .5, and nothing beyond 1.2
+    assert at["DPO, chosen"] == pytest.approx([0.5 / 0.6, 0.5, 0.5 / 1.4])  # 1 / (1 + p / .5)
+    assert at["EAFT"][1] == pytest.approx(1) and at["IDFT"][1] == pytest.approx(0.5)
