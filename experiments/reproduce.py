@@ -33,6 +33,9 @@ from common import tokenization as tok  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
 
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
+FULL, NOISY = "prefix_rft.py --prefix-schedule full --prefix-loss all", "--solution-key noisy_solution"
+# half of SFT's steps and six tenths of GRPO's, with longer samples: about the tokens of Prefix-RFT
+HALF = "sft.py --steps 100"
 CELLS = {
     "sft": "sft.py",
     "dft": f"{IDFT} off --weight dft",
@@ -51,9 +54,24 @@ CELLS = {
     "dpo": "dpo.py --loss dpo",
     "simpo": "dpo.py --loss simpo",
     "grpo": "grpo.py",
+    "grpo, as in DeepSeekMath": "grpo.py --advantage grpo --loss-norm sequence",
+    "dapo": "grpo.py --advantage grpo --loss-norm token --clip-high 0.28 --skip-dead-groups 3",
+    "sft, then grpo": f"{HALF} && grpo.py --steps 60",
     "prefix_rft": "prefix_rft.py",
-    "sft, noisy demonstrations": "sft.py --solution-key noisy_solution",
-    "prefix_rft, noisy demonstrations": "prefix_rft.py --solution-key noisy_solution",
+    "prefix_rft, prefix not trained": "prefix_rft.py --prefix-loss none",
+    "prefix_rft, whole prefix": "prefix_rft.py --prefix-loss all",
+    "prefix_rft, random 20 %": "prefix_rft.py --prefix-loss random",
+    "prefix_rft, bottom 20 %": "prefix_rft.py --prefix-loss bottom",
+    "prefix_rft, uniform": "prefix_rft.py --prefix-schedule uniform",
+    "luffy": f"{FULL} --prefix-weight luffy",
+    "rl + sft loss": f"{FULL} --prefix-weight sft",
+    "prefix_rft, 10 % demonstrated": "prefix_rft.py --demo-fraction 0.1",
+    "prefix_rft, 1 % demonstrated": "prefix_rft.py --demo-fraction 0.01",
+    "sft, noisy demonstrations": f"sft.py {NOISY}",
+    "idft, noisy demonstrations": f"{IDFT} off --weight idft {NOISY}",
+    "sft, then grpo, noisy demonstrations": f"{HALF} {NOISY} && grpo.py --steps 60",
+    "luffy, noisy demonstrations": f"{FULL} --prefix-weight luffy {NOISY}",
+    "prefix_rft, noisy demonstrations": f"prefix_rft.py {NOISY}",
 }
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 CLAIMS = [  # (better, worse, number): what the papers say; the interval of the difference decides
@@ -68,6 +86,26 @@ CLAIMS = [  # (better, worse, number): what the papers say; the interval of the 
     ("hinted + idft", "simpo", "pass@1"),
     ("prefix_rft", "sft", "pass@1"),
     ("prefix_rft", "grpo", "pass@1"),
+    ("prefix_rft", "sft, then grpo", "pass@1"),
+    ("prefix_rft", "luffy", "pass@1"),
+    ("prefix_rft", "rl + sft loss", "pass@1"),
+    ("prefix_rft", "prefix_rft, prefix not trained", "pass@1"),
+    ("prefix_rft", "prefix_rft, whole prefix", "pass@1"),
+    ("prefix_rft", "prefix_rft, random 20 %", "pass@1"),
+    ("prefix_rft", "prefix_rft, bottom 20 %", "pass@1"),
+    ("prefix_rft", "prefix_rft, uniform", "pass@1"),
+    ("prefix_rft, 10 % demonstrated", "grpo", "pass@1"),
+    ("prefix_rft, 1 % demonstrated", "grpo", "pass@1"),
+    ("prefix_rft", "sft", "side"),
+    ("prefix_rft", "grpo", "harder"),
+    ("prefix_rft, noisy demonstrations", "sft, noisy demonstrations", "pass@1"),
+    ("prefix_rft, noisy demonstrations", "idft, noisy demonstrations", "pass@1"),
+    ("prefix_rft, noisy demonstrations", "luffy, noisy demonstrations", "pass@1"),
+    ("prefix_rft, noisy demonstrations", "sft, then grpo, noisy demonstrations", "pass@1"),
+    ("prefix_rft, noisy demonstrations", "grpo", "pass@1"),
+    ("grpo", "grpo, as in DeepSeekMath", "pass@1"),
+    ("dapo", "grpo, as in DeepSeekMath", "pass@1"),
+    ("grpo", "rft, k = 16, base", "pass@1"),
 ]
 
 
@@ -77,7 +115,9 @@ STAGE = "paths unsolved kept verified_demo verified_own verified_hinted phi_demo
 
 
 def name_of(cell, seed):
-    return f"{cell.replace(', ', '-').replace(' = ', '').replace(' + ', '_').replace(' ', '_')}-{seed}"
+    for a, b in ((", ", "-"), (" = ", ""), (" + ", "_"), (" %", ""), (" ", "_")):
+        cell = cell.replace(a, b)
+    return f"{cell}-{seed}"
 
 
 # ---- running ---------------------------------------------------------------------------------------------
@@ -99,20 +139,28 @@ def run(cell, seed, runs):
     out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
     if result.exists():
         return
-    if not (out / "final").exists():
-        flags = f"--seed {seed} --output-dir {out} --eval-questions 1 --eval-samples 0"
-        flags += " --resume" * bool(tok.checkpoints(out))
-        seconds = process(f"{out}.log", sys.executable, *CELLS[cell].split(), *flags.split())
-        if "--resume" not in flags:  # else this is a part of them only
-            (out / "seconds.json").write_text(json.dumps(seconds))
+    stages = CELLS[cell].split(" && ")  # each begins with the model that the one before has left
+    folders = [Path(f"{out}-stage{i}") for i in range(1, len(stages))] + [out]
+    for command, folder, before in zip(stages, folders, [None, *folders]):
+        if not (folder / "final").exists():
+            flags = f"--seed {seed} --output-dir {folder} --eval-questions 1 --eval-samples 0"
+            flags += f" --model {before}/final" if before else ""
+            flags += " --resume" * bool(tok.checkpoints(folder))
+            seconds = process(f"{out}.log", sys.executable, *command.split(), *flags.split())
+            if "--resume" not in flags:  # else this is a part of them only
+                (folder / "seconds.json").write_text(json.dumps(seconds))
     if not (out / "measured.json").exists():
         process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"))
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    lines = [json.loads(line) for folder in folders for line in open(folder / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
     record |= {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
-    if (out / "seconds.json").exists():
-        record |= {"cpu": json.loads((out / "seconds.json").read_text())["cpu"]}
+    if all((folder / "seconds.json").exists() for folder in folders):
+        record |= {"cpu": sum(json.loads((f / "seconds.json").read_text())["cpu"] for f in folders)}
+    curve = [
+        [x["reward"], x["entropy"], x["response_len"]] for x in lines if "reward" in x and "entropy" in x
+    ]
+    record |= {"curve": [[round(y, 4) for y in x] for x in curve]} if curve else {}
     record["stage"] = {k: v for x in lines for k, v in x.items() if k in STAGE}
     record |= json.loads((out / "measured.json").read_text())
     half = result.with_suffix(".half")
