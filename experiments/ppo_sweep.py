@@ -32,11 +32,13 @@ sys.path.insert(0, str(ROOT))
 import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.verifier import check_gold, extract_answer  # noqa: E402
-from experiments.reproduce import interval, process  # noqa: E402
+from experiments.reproduce import insert, interval, process  # noqa: E402
 
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
 CELLS = {f"ppo, {beta}": f"rlhf_ppo.py --reward-model {{0}}/reward_model --kl-coef {beta}" for beta in BETAS}
 CELLS |= {"dpo": "dpo.py --pairs {0}/preferences.jsonl", "best of n": ""}
+COMPARED = [("ppo, 0.2", "best of 1"), ("dpo", "best of 1"), ("ppo, 0.2", "dpo"), ("ppo, 0.2", "best of 4")]
+COMPARED += [(f"ppo, {low}", f"ppo, {high}") for low, high in zip(BETAS, BETAS[1:])]
 RESULTS = ROOT / "experiments/results"
 HELD_OUT = ["--eval-questions", "300"]
 
@@ -116,80 +118,84 @@ def best_of(n, score, utility):
 
 def read(cell, seeds):
     files = [RESULTS / f"ppo/{name_of(cell, seed)}.json" for seed in seeds]
-    return {x["seed"]: x["points"] for file in files if file.exists() for x in [json.loads(file.read_text())]}
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    own = [{"length": x["length"]} if CELLS[cell] else {} for x in found]  # of the best only the score counts
+    return {x["seed"]: {k: v | y for k, v in x["points"].items()} for x, y in zip(found, own)}
 
 
-def stack(done, point, number, seeds=None):
-    return torch.tensor([done[seed][point][number] for seed in seeds or done])  # [seeds, questions]
+def stack(done, number, seeds=None):
+    return torch.tensor([done[seed][number] for seed in seeds or done])  # [seeds, questions]
 
 
-def report(seeds):
+def cut(ends, form="{:.2f} [{:.2f}, {:.2f}]"):
+    return form.format(*ends)
+
+
+def report(seeds, write):
     every = {cell: done for cell in CELLS if (done := read(cell, seeds))}
     fits = [json.loads(x.read_text()) for s in seeds if (x := RESULTS / f"ppo/reward-{s}.json").exists()]
-    for fit in fits:
-        print(f"reward model {fit['seed']}: {fit['pair_accuracy']:.3f} of {fit['pair_accuracy_max']:.3f}")
-    start = every.get("best of n", {})
-    text = ["| |score|hidden utility|utility, less the base's|KL|seeds|", "|---|---|---|---|---|---|"]
-    rows = {}
-    for cell, done in every.items():
-        for point in done[min(done)]:
-            both = sorted(done.keys() & start.keys())
-            ends = {k: interval(stack(done, point, k)) for k in ("score", "utility", "kl")}
-            if not both:
-                continue
-            gain = stack(done, point, "utility", both) - stack(start, "1", "utility", both)
-            ends["gain"], name = interval(gain), cell if CELLS[cell] else f"best of {point}"
-            rows[name] = ends | {"seeds": list(done)}
-            numbers = ["{:.2f} [{:.2f}, {:.2f}]".format(*ends[k]) for k in ("score", "utility", "gain", "kl")]
-            text.append("| " + " | ".join([name, *numbers, str(len(done))]) + " |")
-    text += ["", "| beta | than | score | utility | seeds |", "|---|---|---|---|---|"]
-    for low, high in zip(BETAS, BETAS[1:]):
-        a, b = (every.get(f"ppo, {beta}", {}) for beta in (low, high))
-        if both := sorted(a.keys() & b.keys()):
-            gains = [
-                interval(stack(a, "final", k, both) - stack(b, "final", k, both))
-                for k in ("score", "utility")
+    points = {  # every row: what its seeds gave
+        name: {seed: found[point] for seed, found in done.items()}
+        for cell, done in every.items()
+        for point in done[min(done)]
+        for name in [cell if CELLS[cell] else f"best of {point}"]
+    }
+    rows = {name: row_of(done) for name, done in points.items()}
+    text = ["| | score | hidden utility | KL | response, tokens | seeds |", "|---" * 6 + "|"]
+    for name, row in rows.items():
+        ends = [cut(row[k]) for k in ("score", "utility", "kl")]
+        text.append(f"| {name} | " + " | ".join([*ends, row["length"], str(len(row["seeds"]))]) + " |")
+    gains = ["| | less | score | utility | KL | seeds |", "|---" * 6 + "|"]
+    for a, b in COMPARED:
+        if both := sorted(points.get(a, {}).keys() & points.get(b, {}).keys()):
+            ends = [
+                cut(
+                    interval(stack(points[a], k, both) - stack(points[b], k, both)),
+                    "{:+.2f} [{:+.2f}, {:+.2f}]",
+                )
+                for k in ("score", "utility", "kl")
             ]
-            gains = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain) for gain in gains]
-            text.append(f"| {low} | {high} | " + " | ".join(gains) + f" | {len(both)} |")
-    print("\n".join(text))
-    accuracy = [f"{x['pair_accuracy']:.3f} of at most {x['pair_accuracy_max']:.3f}" for x in fits]
-    head = "Held-out judgements that the reward models foresee, by seed: " + ", ".join(accuracy) + ".\n\n"
-    (RESULTS / "ppo_sweep.md").write_text(head + "\n".join(text) + "\n")
-    (RESULTS / "ppo_sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows)
+            gains.append(f"| {a} | {b} | " + " | ".join([*ends, str(len(both))]) + " |")
+    accuracy = ["| seed | pairs foreseen | at most |", "|---" * 3 + "|"]
+    accuracy += [f"| {x['seed']} | {x['pair_accuracy']:.3f} | {x['pair_accuracy_max']:.3f} |" for x in fits]
+    whole = "\n".join([*accuracy, "", *text, "", *gains]) + "\n"
+    print(whole)
+    if write:
+        (RESULTS / "ppo_sweep.md").write_text(whole)
+        (RESULTS / "ppo_sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+        insert("ppo", text)
+        insert("ppo compared", gains)
+        plot(rows)
+
+
+def row_of(done):
+    row = {k: interval(stack(done, k)) for k in ("score", "utility", "kl")}
+    lengths = [x["length"] for x in done.values() if "length" in x]
+    return row | {"length": f"{sum(lengths) / max(1, len(lengths)):.1f}" * bool(lengths), "seeds": list(done)}
 
 
 def plot(rows):
-    """Score and hidden utility over KL; transparent, in colours that a light and a dark page both show."""
+    """Score and hidden utility over KL; transparent, in greys and colours for a light page and a dark one."""
     import matplotlib.pyplot as plt
 
     grey = "#808080"
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plt.rcParams |= dict.fromkeys(keys, grey) | {"font.size": 11}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
-    for axis, number in zip(axes, ("score", "utility")):
-        for label, sign, color in (
-            ("ppo", "o-", "#1f83d6"),
-            ("best of", "s-", "#e08020"),
-            ("dpo", "D", "#2a9d5c"),
-        ):
-            some = sorted(
-                (row for name, row in rows.items() if name.startswith(label)), key=lambda r: r["kl"][0]
-            )
-            x, y = ([row[k][0] for row in some] for k in ("kl", number))
-            bars = [[abs(row[number][i] - row[number][0]) for row in some] for i in (1, 2)]
-            axis.errorbar(x, y, bars, fmt=sign, color=color, label=label.replace("of", "of n"), capsize=3)
-        for name, row in rows.items():
-            if not name.startswith("dpo"):
-                text = name.removeprefix("ppo, ").removeprefix("best of ")
-                axis.annotate(
-                    text, (row["kl"][0], row[number][0]), (4, -12), textcoords="offset points", fontsize=8
-                )
-        axis.set(
-            xlabel="KL from the base model, nats per response",
-            title={"score": "what is optimised: score"}.get(number, "what it stands for: hidden utility"),
-        )
+    titles = {"score": "what is optimised: score", "utility": "what it stands for: hidden utility"}
+    lines = {"ppo, ": ("o-", "#1f83d6"), "best of ": ("s-", "#e08020"), "dpo": ("D", "#2a9d5c")}
+    for axis, (number, title) in zip(axes, titles.items()):
+        for start, (sign, color) in lines.items():
+            some = {name.removeprefix(start): row for name, row in rows.items() if name.startswith(start)}
+            some = dict(sorted(some.items(), key=lambda item: item[1]["kl"][0]))
+            x, y = ([row[k][0] for row in some.values()] for k in ("kl", number))
+            bars = [[abs(row[number][i] - row[number][0]) for row in some.values()] for i in (1, 2)]
+            label = {"ppo, ": "PPO, by β", "best of ": "best of n", "dpo": "DPO"}[start]
+            axis.errorbar(x, y, bars, fmt=sign, color=color, label=label, capsize=3)
+            for name, *at in zip(some, x, y):
+                axis.annotate(name, at, (4, -13), textcoords="offset points", fontsize=8, color=color)
+        axis.set_xscale("symlog", linthresh=0.5)
+        axis.set(xlabel="KL from the base model, nats a response", title=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.tight_layout()
@@ -203,6 +209,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/ppo_sweep", help="where the cells are")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing, report")
+    parser.add_argument("--write", action="store_true", help="write the tables, the plot and the README, too")
     parser.add_argument("--measure", nargs=2, help="cell and seed: measure it (a cell does this itself)")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "ppo"):
@@ -215,7 +222,7 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda seed: reward_model(seed, args.runs), args.seeds))
             list(pool.map(lambda job: run(*job, args.runs), [(c, s) for s in args.seeds for c in args.cells]))
-    report(args.seeds)
+    report(args.seeds, args.write)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ CLAIMS = [  # (better, worse, number): what the papers say; the interval of the 
 ]
 
 
-RESULTS = ROOT / "experiments/results"
+RESULTS, README = ROOT / "experiments/results", ROOT / "README.md"
 # what is logged of a stage before training
 STAGE = "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
 
@@ -273,18 +273,42 @@ def report(cells, seeds, write):
         line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
         line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
         text.append("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
-    text += ["", "| better? | than | number | gain, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
+    claims = ["| better? | than | number | gain, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
     for c in compared:
         mean, low, high = c["gain"]
         verdict = "yes" if low > 0 else "no, worse" if high < 0 else "not decided"
         verdict = verdict if c["seeds"] >= 3 else "too few seeds"
         gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        text.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {c['seeds']} | {verdict} |")
-    print("\n".join(text))
+        claims.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {c['seeds']} | {verdict} |")
+    print("\n".join([*text, "", *claims]))
     if write:
         both = {"rows": rows, "compared": compared}
         (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
-        (RESULTS / "results.md").write_text("\n".join(text) + "\n")
+        (RESULTS / "results.md").write_text("\n".join([*text, "", *claims]) + "\n")
+        insert("results", short(rows))
+        insert("claims", claims)
+
+
+def short(rows):
+    """The rows as the README has them."""
+    head = "| | pass@1 | greedy | levels 1–3 | levels 4–6 | harder | side skills | KL to the base "
+    text = [head + "| generated | trained | seeds |", "|---" * 11 + "|"]
+    for cell, row in rows.items():
+        levels = list(row["levels"].values())
+        line = [cell, "{:.3f} [{:.3f}, {:.3f}]".format(*row["pass@1"]), f"{row['test_greedy'][0]:.3f}"]
+        line += [f"{sum(levels[i : i + 3]) / 3:.2f}" for i in (0, 3)]
+        line += [f"{row[k][0]:.3f}" for k in ("harder", "side")] + [f"{row['kl']:.3f}"]
+        line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
+        text.append("| " + " | ".join([*line, str(len(row["seeds"])) if cell != "base" else ""]) + " |")
+    return text
+
+
+def insert(name, lines):
+    """Put a table between its two marks in the README."""
+    before, mark, rest = README.read_text().partition(f"<!-- {name} -->\n")
+    assert mark, f"README.md has no mark <!-- {name} -->"
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    README.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 
 def main():
@@ -295,7 +319,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing, report")
     parser.add_argument(
-        "--write", action="store_true", help="write experiments/results/results.{json,md}, too"
+        "--write",
+        action="store_true",
+        help="write experiments/results/results.{json,md} and the README's tables, too",
     )
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     args = parser.parse_args()

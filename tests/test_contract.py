@@ -2,8 +2,10 @@
 
 import ast
 import difflib
+import importlib
 import io
 import re
+import shlex
 import sys
 import tokenize
 
@@ -196,3 +198,36 @@ def test_glossary_explains_every_metric_and_nothing_else():
     explained = glossary()
     assert written - explained == set(), "not in README's glossary"
     assert explained - written == set(), "in README's glossary, but in no metrics.jsonl"
+
+
+# ---- the README ------------------------------------------------------------------------------------------
+
+
+def commands():
+    """(file, arguments) of every command in the README that runs a file of this project."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"(?:python|torchrun [^`\n]*?) ((?:\w+/)*\w+\.py)\b([^`\n|;&#]*)", text)
+    return sorted({(name, rest.replace("…", " ").strip()) for name, rest in found if "--help" not in rest})
+
+
+def test_the_readme_has_commands():
+    assert {f"{name}.py" for name in BUDGETS} <= {name for name, _ in commands()} and len(commands()) > 30
+
+
+@pytest.mark.parametrize("name, rest", commands())
+def test_every_command_of_the_readme_can_be_given(name, rest):
+    assert (ROOT / name).exists()
+    if name.removesuffix(".py") in BUDGETS:
+        importlib.import_module(name.removesuffix(".py")).parse_args(shlex.split(rest))
+
+
+def test_the_diff_that_the_readme_shows_is_in_the_scripts():
+    """Lines with - are of the parent alone, lines with + of the child alone, and in this order."""
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"```diff\n\$ diff (\w+\.py) (\w+\.py).*?\n(.*?)```", readme, re.S)
+    parent, child = ((ROOT / shown[i]).read_text().splitlines() for i in (1, 2))
+    lines = shown[3].splitlines()
+    for sign, own, other in (("-", parent, child), ("+", child, parent)):
+        at = [own.index(line[1:]) for line in lines if line[0] == sign]
+        assert at and at == sorted(at)
+        assert not [line for line in lines if line[0] == sign and line[1:] in other]

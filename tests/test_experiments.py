@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 
 import pytest
 import torch
@@ -63,21 +62,25 @@ def test_a_cell_is_what_the_command_of_today_would_run(file):
 
 
 def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch):
-    """results.md and .json, made again from the records."""
+    """results.md and .json and the tables of the README, made again from the records."""
     files = ("results.md", "results.json")
     before = [(reproduce.RESULTS / name).read_text() for name in files]
     (tmp_path / "cells").symlink_to(reproduce.RESULTS / "cells")
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(README)
     reproduce.report(list(reproduce.CELLS), [0, 1, 2, 3, 4], write=True)
     assert [(tmp_path / name).read_text() for name in files] == before
+    assert (tmp_path / "README.md").read_text() == README
 
 
-def test_the_table_of_the_readme_is_that_of_the_results():
-    """pass@1 with its interval, greedy accuracy and number of seeds of every row."""
-    rows = json.loads((reproduce.RESULTS / "results.json").read_text())["rows"]
-    said = re.findall(r"^\| (.+?) \| (\d\.\d+ \[.+?\]) \| (\d\.\d+) \|.*\| (\d?) ?\|$", README, re.M)
-    assert {name for name, *_ in said} == rows.keys()
-    for name, main, greedy, seeds in said:
-        assert main == "{:.3f} [{:.3f}, {:.3f}]".format(*rows[name]["pass@1"])
-        assert greedy == f"{rows[name]['test_greedy'][0]:.3f}"
-        assert name == "base" or int(seeds) == len(rows[name]["seeds"])
+def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
+    before = (ppo_sweep.RESULTS / "ppo_sweep.md").read_text()
+    (tmp_path / "ppo").symlink_to(ppo_sweep.RESULTS / "ppo")
+    monkeypatch.setattr(ppo_sweep, "RESULTS", tmp_path)
+    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(README)
+    ppo_sweep.report([0, 1, 2, 3, 4], write=True)
+    assert (tmp_path / "ppo_sweep.md").read_text() == before
+    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "ppo_sweep.png").stat().st_size > 10_000
