@@ -1,5 +1,6 @@
 """The pages: every line of every script, every difference with its sentence, no reference to nowhere."""
 
+import json
 import re
 import shlex
 import shutil
@@ -197,6 +198,19 @@ def test_pages_are_whole_and_accessible(site):
         assert focus[0]["href"] == "#content" and "content" in page.ids  # the first stop of the tab key
         stops = sum(t == "summary" or (t == "a" and a.get("tabindex") != "-1") for t, a in page.attributes)
         assert stops < 350, name  # line numbers are no stops
+
+
+# ---- the notebook ----------------------------------------------------------------------------------------
+
+
+def test_the_notebook_shows_what_its_cells_gave():
+    """`jupyter execute` runs it anew in CI; here: it was run from top to bottom, without an error."""
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = sum([cell["outputs"] for cell in code], [])
+    assert not [x for x in outputs if x["output_type"] == "error" or x.get("name") == "stderr"]
+    assert sum("image/png" in x.get("data", {}) for x in outputs) == 2
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------
