@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.verifier import check_gold, extract_answer  # noqa: E402
-from experiments.reproduce import insert, interval, process  # noqa: E402
+from experiments.reproduce import COLORS, canvas, insert, interval, process, save  # noqa: E402
 
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
 CELLS = {f"ppo, {beta}": f"rlhf_ppo.py --reward-model {{0}}/reward_model --kl-coef {beta}" for beta in BETAS}
@@ -175,31 +175,24 @@ def row_of(done):
 
 
 def plot(rows):
-    """Score and hidden utility over KL; transparent, in greys and colours for a light page and a dark one."""
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams |= dict.fromkeys(keys, grey) | {"font.size": 11}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    """Score and hidden utility over KL, whose axis is logarithmic beyond half a nat."""
+    figure, axes = canvas(2, (10, 4))
     titles = {"score": "what is optimised: score", "utility": "what it stands for: hidden utility"}
-    lines = {"ppo, ": ("o-", "#1f83d6"), "best of ": ("s-", "#e08020"), "dpo": ("D", "#2a9d5c")}
+    lines = {"ppo, ": ("o-", "ppo"), "best of ": ("s-", "best of n"), "dpo": ("D", "dpo")}
     for axis, (number, title) in zip(axes, titles.items()):
-        for start, (sign, color) in lines.items():
+        for start, (sign, method) in lines.items():
             some = {name.removeprefix(start): row for name, row in rows.items() if name.startswith(start)}
             some = dict(sorted(some.items(), key=lambda item: item[1]["kl"][0]))
             x, y = ([row[k][0] for row in some.values()] for k in ("kl", number))
             bars = [[abs(row[number][i] - row[number][0]) for row in some.values()] for i in (1, 2)]
-            label = {"ppo, ": "PPO, by β", "best of ": "best of n", "dpo": "DPO"}[start]
+            label, color = {"ppo": "PPO, by β", "dpo": "DPO"}.get(method, method), COLORS[method]
             axis.errorbar(x, y, bars, fmt=sign, color=color, label=label, capsize=3)
             for name, *at in zip(some, x, y):
                 axis.annotate(name, at, (4, -13), textcoords="offset points", fontsize=8, color=color)
         axis.set_xscale("symlog", linthresh=0.5)
         axis.set(xlabel="KL from the base model, nats a response", title=title)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "ppo_sweep.png", dpi=130, transparent=True)
+    save(figure, RESULTS / "ppo_sweep.png")
 
 
 def main():

@@ -73,6 +73,9 @@ CELLS = {
     "luffy, noisy demonstrations": f"{FULL} --prefix-weight luffy {NOISY}",
     "prefix_rft, noisy demonstrations": f"prefix_rft.py {NOISY}",
 }
+COLORS = {"sft": "#7f7f7f", "dft": "#e08020", "eaft": "#9467bd", "idft": "#d62728", "dpo": "#a5723c"}
+COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl + sft loss": "#b8a000"}
+COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 CLAIMS = [  # (better, worse, number): what the papers say; the interval of the difference decides
     ("rft, k = 16, base", "rft, k = 1, base", "pass@1"),
@@ -287,6 +290,40 @@ def report(cells, seeds, write):
         (RESULTS / "results.md").write_text("\n".join([*text, "", *claims]) + "\n")
         insert("results", short(rows))
         insert("claims", claims)
+        plot_curves(every)
+
+
+def canvas(columns, size):
+    """Axes of a figure that a light page and a dark one both show: transparent, with grey text and lines."""
+    import matplotlib.pyplot as plt
+
+    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plt.rcParams |= dict.fromkeys(keys, "#808080") | {"font.size": 11}
+    figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, transparent=True)
+
+
+def plot_curves(every):
+    """Reward, entropy and length of the samples of each step, mean of the seeds and of five steps."""
+    curves = {cell: [x["curve"] for x in every.get(cell, []) if "curve" in x] for cell in COLORS}
+    if not any(curves.values()):
+        return
+    figure, axes = canvas(3, (13, 3.8))
+    for cell in filter(curves.get, curves):
+        steps = torch.tensor(curves[cell]).mean(0)  # [steps, 3]
+        for i, (axis, title) in enumerate(zip(axes, ("reward", "entropy, nats", "response, tokens"))):
+            smooth = [steps[max(0, t - 4) : t + 1, i].mean().item() for t in range(len(steps))]
+            axis.plot(range(1, len(steps) + 1), smooth, color=COLORS[cell], label=cell, linewidth=2)
+            axis.set(title=title, xlabel="step")
+    axes[0].legend(frameon=False)
+    save(figure, RESULTS / "curves.png")
 
 
 def short(rows):

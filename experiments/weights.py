@@ -18,9 +18,10 @@ import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
+from experiments.reproduce import COLORS, canvas, save  # noqa: E402
 
-COLORS = {"SFT": "#7f7f7f", "DFT": "#e08020", "EAFT": "#9467bd", "IDFT": "#d62728", "LUFFY": "#2a9d5c"}
-COLORS |= {"GRPO, clipped": "#1f83d6", "DPO, chosen": "#a5723c"}
+NAMES = {"SFT": "sft", "DFT": "dft", "EAFT": "eaft", "IDFT": "idft", "LUFFY": "luffy"}  # of the colours
+NAMES |= {"GRPO, clipped": "grpo", "DPO, chosen": "dpo"}
 
 
 def read(loss_of, logits, words):
@@ -66,24 +67,17 @@ def curves(p):
 
 
 def main():
-    import matplotlib.pyplot as plt
-
     few = torch.tensor([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
     print("| p | " + " | ".join(f"{x:g}" for x in few.tolist()) + " |\n" + "|---" * 8 + "|")
     for name, weight in curves(few).items():
         print(f"| {name} | " + " | ".join(f"{w:.3f}" for w in weight.tolist()) + " |")
-    grey = "#808080"  # on a light page and on a dark one
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams |= dict.fromkeys(keys, grey) | {"font.size": 11}
-    figure, axis = plt.subplots(figsize=(7, 3.6))
+    figure, [axis] = canvas(1, (7, 3.6))
     p = torch.linspace(0.002, 0.998, 499)
     for name, weight in curves(p).items():
-        axis.plot(p, weight, color=COLORS[name], label=name, linewidth=2)
+        axis.plot(p, weight, color=COLORS[NAMES[name]], label=name, linewidth=2)
     axis.set(xlabel="probability of the token", ylabel="weight", ylim=(0, 1.3), xlim=(0, 1))
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs/weights.png", dpi=130, transparent=True)
+    save(figure, ROOT / "docs/weights.png")
 
 
 if __name__ == "__main__":
