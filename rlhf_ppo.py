@@ -18,7 +18,7 @@ right answers are known to the simulated annotator, and to the log as `utility`,
 
     python rlhf_ppo.py                                   # tiny world, 2 CPU cores, minutes
     python rlhf_ppo.py --annotator human --stop-after preferences        # you choose; --resume goes on
-    python rlhf_ppo.py --model runs/sft/final --reward-model runs/rlhf_ppo/reward_model      # step 3 alone
+    python rlhf_ppo.py --reward-model runs/rlhf_ppo/reward_model --output-dir runs/ppo       # step 3 alone
 """
 
 import argparse

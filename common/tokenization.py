@@ -338,13 +338,18 @@ def split_names(path, flag):
         )
         return ["train"]
     try:
-        return get_dataset_split_names(path)
+        return get_dataset_split_names(*configured(path))
     except Exception as error:  # one of a dozen types, and every one of them is about the user's path
         raise BadInput(f"{flag} {path}: no data file, folder or hub name ({first_line(error)}).") from None
 
 
+def configured(path):
+    """A hub name and its configuration, if one is given: openai/gsm8k:main."""
+    return path.rsplit(":", 1) if ":" in path and not os.path.exists(path) else [path]
+
+
 def load_split(path, split, columns, flag="--data"):
-    """One split of a data set, memory-mapped: `path` is a data file, a folder or a hub name.
+    """One split of a data set, memory-mapped: of a data file, a folder, a hub name or name:configuration.
 
     `columns` maps the flag that names a column to the column: each must exist and hold text in every row.
     """
@@ -355,9 +360,9 @@ def load_split(path, split, columns, flag="--data"):
     is_empty = os.path.isfile(path) and os.path.getsize(path) == 0
     demand(not is_empty, f"{flag} {path}: the file is empty.")
     kind = path.rsplit(".", 1)[-1].replace("jsonl", "json")
-    source = {"path": kind, "data_files": path} if os.path.isfile(path) else {"path": path}
+    source = {"data_files": path} if os.path.isfile(path) else dict(zip(("path", "name"), configured(path)))
     try:
-        rows = load_dataset(**source, split=split)
+        rows = load_dataset(**{"path": kind} | source, split=split)
     except Exception as error:
         raise BadInput(f"{flag} {path}: {split} cannot be read ({first_line(error)}).") from None
     demand(len(rows), f"{flag} {path}: {split} has no rows.")
@@ -691,6 +696,11 @@ def same_arguments(first, args):
     demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
 
 
+SOURCES = (
+    "model base reward_model pairs preferences data eval_data".split()
+)  # flags that may name what a run left
+
+
 def open_folder(out, state, args, model_bytes):
     """The run's folder, ready for the step after `state`."""
     if args.resume:
@@ -704,6 +714,11 @@ def open_folder(out, state, args, model_bytes):
     room = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"  # weights, two moments; old and new
     demand(need <= free, f"--output-dir {out}: {room}; make room or take another folder.")
     if (out / "metrics.jsonl").exists() or checkpoints(out):
+        given = {f"--{k.replace('_', '-')} {v}": v for k, v in vars(args).items() if k in SOURCES and v}
+        inside = ", ".join(k for k, v in given.items() if out.resolve() in Path(v).resolve().parents)
+        demand(
+            not inside, f"--output-dir {out}: {inside} is in it, which is moved aside; take another folder."
+        )
         out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json.half").write_text(json.dumps(vars(args) | environment(), indent=1))

@@ -100,7 +100,10 @@ def measure(cell, seed, runs):
         points = {"final": {"score": score.mean(1), "utility": utility.mean(1), "kl": kl.mean(1)}}
     else:
         points = {str(n): best_of(n, score, utility) for n in TIMES}
-    record["points"] = {name: {k: v.tolist() for k, v in point.items()} for name, point in points.items()}
+    record["points"] = {
+        name: {k: [round(x, 4) for x in v.tolist()] for k, v in point.items()}
+        for name, point in points.items()
+    }
     (RESULTS / f"ppo/{out.name}.json").write_text(json.dumps(record) + "\n")
 
 

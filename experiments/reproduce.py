@@ -34,6 +34,7 @@ from common.verifier import math_reward  # noqa: E402
 
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
 FULL, NOISY = "prefix_rft.py --prefix-schedule full --prefix-loss all", "--solution-key noisy_solution"
+DAPO = "grpo.py --advantage grpo --loss-norm token --clip-high 0.28"
 # half of SFT's steps and six tenths of GRPO's, with longer samples: about the tokens of Prefix-RFT
 HALF = "sft.py --steps 100"
 CELLS = {
@@ -54,8 +55,8 @@ CELLS = {
     "dpo": "dpo.py --loss dpo",
     "simpo": "dpo.py --loss simpo",
     "grpo": "grpo.py",
-    "grpo, as in DeepSeekMath": "grpo.py --advantage grpo --loss-norm sequence",
-    "dapo": "grpo.py --advantage grpo --loss-norm token --clip-high 0.28 --skip-dead-groups 3",
+    "grpo, as in DeepSeekMath": "grpo.py --advantage grpo --loss-norm sequence --kl-coef 0.04",
+    "dapo": f"{DAPO} --skip-dead-groups 3 --overlong-tokens 20",
     "sft, then grpo": f"{HALF} && grpo.py --steps 60",
     "prefix_rft": "prefix_rft.py",
     "prefix_rft, prefix not trained": "prefix_rft.py --prefix-loss none",
@@ -137,6 +138,13 @@ def process(screen, *command):
     return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
 
 
+def settings(args):
+    """What makes a run another method: its arguments, without what names, measures or places it."""
+    apart = "output_dir seed model base resume eval_questions eval_samples commit versions".split()
+    apart += ["unparseable_gold"]
+    return {k: v for k, v in args.items() if k not in apart}
+
+
 def run(cell, seed, runs):
     """One cell and its measurement, each a process; the screen goes to <folder>.log."""
     out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
@@ -158,6 +166,7 @@ def run(cell, seed, runs):
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
     record |= {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
+    record |= {"args": [settings(json.loads((folder / "args.json").read_text())) for folder in folders]}
     if all((folder / "seconds.json").exists() for folder in folders):
         record |= {"cpu": sum(json.loads((f / "seconds.json").read_text())["cpu"] for f in folders)}
     curve = [
@@ -218,10 +227,13 @@ def shares(done, name):
 
 
 def draws(right, times=2000):
-    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
+    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study.
+
+    Of S seeds S - 1 are drawn: S draws of so few would have (S - 1) / S of the variance of their mean.
+    """
     seeds, questions = right.shape
     dice = torch.Generator().manual_seed(0)  # the same draws for every row: comparisons are paired
-    some = torch.randint(seeds, (times, seeds), generator=dice)
+    some = torch.randint(seeds, (times, max(1, seeds - 1)), generator=dice)
     of = torch.randint(questions, (times, questions), generator=dice)
     return right[some].mean(1).gather(1, of).mean(1)
 
@@ -373,7 +385,7 @@ def main():
             jobs = [pool.submit(run, cell, seed, args.runs) for seed in args.seeds for cell in args.cells]
             for job in jobs:
                 job.result()
-    report(args.cells, args.seeds, args.write)
+    report(list(CELLS), args.seeds, args.write)
 
 
 if __name__ == "__main__":

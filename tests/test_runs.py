@@ -167,6 +167,18 @@ def test_a_finished_run_that_was_moved_resumes_and_nothing_changes(runs, run, tm
     same_weights(out / "final", runs["sft"][0] / "final")
 
 
+def test_what_a_run_reads_is_not_moved_aside_by_it(run, tmp_path, capsys):
+    """Its own final/ as the model: the folder would have another name before all of it has been read."""
+    out = run("sft", tmp_path / "run", "--steps", 1)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run("grpo", out, "--model", out / "final", "--steps", 0)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--model {out / 'final'} is in it, which is moved aside" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    run("grpo", tmp_path / "other", "--model", out / "final", "--steps", 0)
+
+
 def test_an_earlier_run_is_moved_aside(run, tmp_path):
     """Two runs of one name: nothing is overwritten, and nothing of the first gets into the second."""
     out = run("sft", tmp_path / "run", "--steps", 1, *QUICK)

@@ -1,4 +1,4 @@
-"""The one table of the README: data, weight, mask and Z of each script, read back from autograd."""
+"""The one table of the README: weight, mask and Z of each script, read back from autograd."""
 
 import re
 from math import exp, log
@@ -90,7 +90,7 @@ def test_weight_of_sft():
 )
 def test_weight_of_grpo(how, z):
     """I_clip r A + beta (pi_ref / pi - 1)."""
-    shift = torch.linspace(-0.5, 0.5, 24, dtype=torch.float64).view(4, 6)  # log r: in and out of the region
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r: in and out
 
     def loss(logp, _):
         old, ref = logp.detach() - shift, logp.detach() + 0.3
@@ -100,6 +100,7 @@ def test_weight_of_grpo(how, z):
     factor, _ = on_two_tokens(loss)
     r = shift.exp()
     inside = torch.where(TWO_A > 0, r <= 1.2, r >= 0.8)
+    assert {0, 1} == set(inside[TWO_A > 0].int().tolist()) == set(inside[TWO_A < 0].int().tolist())
     close(factor, -TWO_MASK * (inside * r * TWO_A + 0.1 * (exp(0.3) - 1)) / torch.tensor(z)[:, None])
 
 
@@ -172,7 +173,7 @@ def test_weight_of_rlhf():
     per_token = rlhf_ppo.tok.put_at_end(score, TWO_MASK) - 0.2 * log_ratio
     A, _ = rlhf_ppo.gae(per_token, value, TWO_MASK, 0.95)
     A[on] = rlhf_ppo.advantages(A[on].view(1, -1), "grpo")[0]
-    shift = torch.linspace(-0.5, 0.5, 24, dtype=torch.float64).view(4, 6)  # log r: in and out of the region
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r: in and out
     args = rlhf_ppo.parse_args(["--kl-coef", "0"])
 
     def loss(logp, _):
@@ -181,6 +182,7 @@ def test_weight_of_rlhf():
 
     factor, _ = on_two_tokens(loss)
     inside = torch.where(want > 0, shift.exp() <= 1.2, shift.exp() >= 0.8)
+    assert {0, 1} == set(inside[want > 0].int().tolist()) == set(inside[want < 0].int().tolist())
     torch.testing.assert_close(
         factor, (-TWO_MASK * inside * shift.exp() * want / 13).double(), rtol=1e-4, atol=1e-5
     )

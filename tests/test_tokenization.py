@@ -2,6 +2,7 @@
 
 import functools
 
+import datasets
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -181,3 +182,22 @@ def test_split_by_tokens_makes_few_micro_batches():
     assert [len(tok.split_by_tokens(mask, range(8), budget)) for budget in (9, 40, 80)] == [8, 2, 1]
     _, mask = tok.join([[1]] * 4, [[2] * 9, [2] * 99, [2] * 9, [2] * 99])
     assert tok.split_by_tokens(mask, range(4), 200) == [([1, 3], 100), ([0, 2], 10)]  # like lengths together
+
+
+def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
+    """openai/gsm8k has two of them, and none by default; a path with a colon that exists is a path."""
+    seen, rows = [], datasets.Dataset.from_dict({"question": ["1 + 1?"]})
+    monkeypatch.setattr(tok, "get_dataset_split_names", lambda *name: seen.append(name) or ["train"])
+    monkeypatch.setattr(tok, "load_dataset", lambda **given: seen.append(given) or rows)
+    tok.load_split("openai/gsm8k:main", "train", {})
+    tok.load_split("owner/name", "train", {})
+    (folder := tmp_path / "a:b").mkdir()
+    tok.load_split(str(folder), "train", {})
+    assert seen == [
+        ("openai/gsm8k", "main"),
+        {"path": "openai/gsm8k", "name": "main", "split": "train"},
+        ("owner/name",),
+        {"path": "owner/name", "split": "train"},
+        (str(folder),),
+        {"path": str(folder), "split": "train"},
+    ]
