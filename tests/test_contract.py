@@ -224,7 +224,7 @@ def test_every_command_of_the_readme_can_be_given(name, rest):
 def test_the_diff_that_the_readme_shows_is_in_the_scripts():
     """Lines with - are of the parent alone, lines with + of the child alone, and in this order."""
     readme = (ROOT / "README.md").read_text()
-    shown = re.search(r"```diff\n\$ diff (\w+\.py) (\w+\.py).*?\n(.*?)```", readme, re.S)
+    shown = re.search(r"```diff\n\$ diff -u (\w+\.py) (\w+\.py).*?\n(.*?)```", readme, re.S)
     parent, child = ((ROOT / shown[i]).read_text().splitlines() for i in (1, 2))
     lines = shown[3].splitlines()
     for sign, own, other in (("-", parent, child), ("+", child, parent)):
