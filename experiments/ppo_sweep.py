@@ -144,9 +144,11 @@ def report(seeds, write):
         for name in [cell if CELLS[cell] else f"best of {point}"]
     }
     rows = {name: row_of(done) for name, done in points.items()}
-    text = ["| | score | hidden utility | KL | response, tokens | seeds |", "|---" * 6 + "|"]
+    head = "| | score | hidden utility | KL, nats a response | response, tokens | seeds |"
+    text = [head, "|---" * 6 + "|"]
     for name, row in rows.items():
-        ends = [cut(row[k]) for k in ("score", "utility", "kl")]
+        kl = f"≤ {row['kl'][0]:.2f}" if name.startswith("best") else cut(row["kl"])  # a bound, not measured
+        ends = [cut(row[k]) for k in ("score", "utility")] + [kl]
         text.append(f"| {name} | " + " | ".join([*ends, row["length"], str(len(row["seeds"]))]) + " |")
     gains = ["| | less | score | utility | KL | seeds |", "|---" * 6 + "|"]
     for a, b in COMPARED:
@@ -158,6 +160,7 @@ def report(seeds, write):
                 )
                 for k in ("score", "utility", "kl")
             ]
+            ends[2] *= not b.startswith("best")
             gains.append(f"| {a} | {b} | " + " | ".join([*ends, str(len(both))]) + " |")
     accuracy = ["| seed | pairs foreseen | at most |", "|---" * 3 + "|"]
     accuracy += [f"| {x['seed']} | {x['pair_accuracy']:.3f} | {x['pair_accuracy_max']:.3f} |" for x in fits]

@@ -81,12 +81,12 @@ def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch):
 
 
 def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
-    before = (ppo_sweep.RESULTS / "ppo_sweep.md").read_text()
+    before = [(ppo_sweep.RESULTS / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")]
     (tmp_path / "ppo").symlink_to(ppo_sweep.RESULTS / "ppo")
     monkeypatch.setattr(ppo_sweep, "RESULTS", tmp_path)
     monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text(README)
     ppo_sweep.report([0, 1, 2, 3, 4], write=True)
-    assert (tmp_path / "ppo_sweep.md").read_text() == before
+    assert [(tmp_path / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")] == before
     assert (tmp_path / "README.md").read_text() == README
     assert (tmp_path / "ppo_sweep.png").stat().st_size > 10_000
