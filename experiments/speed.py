@@ -175,6 +175,8 @@ def main():
     parser.add_argument("--turns", type=int, default=3, help="processes per side")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    every = ["sampling", "sft", "grpo"]
+    parser.add_argument("--what", nargs="+", choices=every, default=every, help="what to measure")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what, side, model folder, size
     args = parser.parse_args()
     if args.one:
@@ -192,7 +194,7 @@ def main():
             big_model(big)
         for name in args.models:
             for threads in args.threads:
-                for what in ("sampling", "sft", "grpo"):
+                for what in args.what:
                     sides, done = ("ours", "theirs"), {"ours": [], "theirs": []}
                     for side in (
                         sides * args.turns if what == "sampling" or have_trl else ["ours"] * args.turns
