@@ -696,9 +696,8 @@ def same_arguments(first, args):
     demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
 
 
-SOURCES = (
-    "model base reward_model pairs preferences data eval_data".split()
-)  # flags that may name what a run left
+# flags that may name what a run has left
+SOURCES = "model base reward_model pairs preferences data eval_data".split()
 
 
 def open_folder(out, state, args, model_bytes):
@@ -716,9 +715,7 @@ def open_folder(out, state, args, model_bytes):
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         given = {f"--{k.replace('_', '-')} {v}": v for k, v in vars(args).items() if k in SOURCES and v}
         inside = ", ".join(k for k, v in given.items() if out.resolve() in Path(v).resolve().parents)
-        demand(
-            not inside, f"--output-dir {out}: {inside} is in it, which is moved aside; take another folder."
-        )
+        demand(not inside, f"--output-dir {out}: {inside} is in it, which is moved aside; take another one.")
         out.rename(next(p for i in range(1, 10**6) if not (p := Path(f"{out}.{i}")).exists()))
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json.half").write_text(json.dumps(vars(args) | environment(), indent=1))

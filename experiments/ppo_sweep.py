@@ -18,7 +18,6 @@ before the runs: PPO works if the interval of its gain in utility is above 0; th
 over-optimised where a smaller beta has a higher score and a lower utility, both intervals off 0.
 """
 
-import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.verifier import check_gold, extract_answer  # noqa: E402
-from experiments.reproduce import COLORS, canvas, insert, interval, process, save  # noqa: E402
+from experiments.reproduce import COLORS, canvas, flags, insert, interval, process, save  # noqa: E402
 
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
 CELLS = {f"ppo, {beta}": f"rlhf_ppo.py --reward-model {{0}}/reward_model --kl-coef {beta}" for beta in BETAS}
@@ -40,7 +39,6 @@ CELLS |= {"dpo": "dpo.py --pairs {0}/preferences.jsonl", "best of n": ""}
 COMPARED = [("ppo, 0.2", "best of 1"), ("dpo", "best of 1"), ("ppo, 0.2", "dpo"), ("ppo, 0.2", "best of 4")]
 COMPARED += [(f"ppo, {low}", f"ppo, {high}") for low, high in zip(BETAS, BETAS[1:])]
 RESULTS = ROOT / "experiments/results"
-HELD_OUT = ["--eval-questions", "300"]
 
 
 # ---- running ---------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def run(cell, seed, runs):
 def measure(cell, seed, runs):
     """Score, utility and KL of each held-out question: means of 8 samples, or of the best of n of 64."""
     out = runs / name_of(cell, seed)
-    args = rlhf_ppo.parse_args(HELD_OUT + ["--group-size", "8" if CELLS[cell] else str(max(TIMES))])
+    args = rlhf_ppo.parse_args(["--group-size", "8" if CELLS[cell] else str(max(TIMES))])  # 300 questions
     _, rows = tok.load_splits(args, extract_answer, check_gold)
     base, tokenizer = tok.load_model(args.model)
     model = tok.load_model(str(out / "final"))[0] if CELLS[cell] else base
@@ -202,13 +200,7 @@ def plot(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which rows")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="which seeds")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/ppo_sweep", help="where the cells are")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--report", action="store_true", help="run nothing, report")
-    parser.add_argument("--write", action="store_true", help="write the tables, the plot and the README, too")
+    parser = flags(__doc__, CELLS, ROOT / "runs/ppo_sweep")
     parser.add_argument("--measure", nargs=2, help="cell and seed: measure it (a cell does this itself)")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "ppo"):

@@ -360,18 +360,24 @@ def insert(name, lines):
     README.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which rows")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="which seeds")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/reproduce", help="where the cells are")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    parser.add_argument("--report", action="store_true", help="run nothing, report")
-    parser.add_argument(
+def flags(doc, cells, runs):
+    """A parser with what the experiments of many cells have in common."""
+    add = (parser := argparse.ArgumentParser(description=doc.splitlines()[0])).add_argument
+    add("--cells", nargs="+", choices=list(cells), default=list(cells), help="which rows")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="which seeds")
+    add("--runs", type=Path, default=runs, help="where the cells are")
+    add("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    add("--report", action="store_true", help="run nothing, report")
+    add(
         "--write",
         action="store_true",
-        help="write experiments/results/results.{json,md} and the README's tables, too",
+        help="write the tables and plots of experiments/results and the README",
     )
+    return parser
+
+
+def main():
+    parser = flags(__doc__, CELLS, ROOT / "runs/reproduce")
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "cells"):
