@@ -266,7 +266,7 @@ def main(args):
             order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
         began = time.time()
 
-        # demonstrations
+        # demonstrations, its own ones
         batch = train.select(order[nth - 1])
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
