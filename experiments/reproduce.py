@@ -287,7 +287,7 @@ def report(cells, seeds, write):
         line += [f"{x:.2f}" for x in row["levels"].values()] + [ends["harder"], ends["side"]]
         line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
         line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
-        text.append("| " + " | ".join([*line, f"{row.get('cpu', 0):.0f}"]) + " |")
+        text.append("| " + " | ".join([*line, f"{row['cpu']:.0f}" if "cpu" in row else ""]) + " |")
     claims = ["| better? | than | number | gain, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
     for c in compared:
         mean, low, high = c["gain"]
