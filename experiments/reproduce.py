@@ -12,7 +12,8 @@ at any time. Cells do not evaluate themselves: `measure` asks every final model 
 Fixed before the runs: the main number is pass@1, the share of right answers among 8 samples at temperature 1
 to each of 300 held-out questions; an interval is the middle 95 % of 2,000 bootstrap draws that resample seeds
 and questions; two methods are compared on the same questions and seeds, and they differ if the interval of
-their difference does not hold 0, over three seeds at least.
+their difference does not hold 0, over three seeds at least. A claim is reproduced if every comparison that it
+makes comes out as it says.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from math import comb
 from pathlib import Path
 
 import torch
@@ -78,38 +80,104 @@ COLORS = {"sft": "#7f7f7f", "dft": "#e08020", "eaft": "#9467bd", "idft": "#d6272
 COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl + sft loss": "#b8a000"}
 COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
-CLAIMS = [  # (better, worse, number): what the papers say; the interval of the difference decides
-    ("rft, k = 16, base", "rft, k = 1, base", "pass@1"),
-    ("rft, k = 16, continue", "rft, k = 16, base", "pass@1"),
-    ("dft", "sft", "pass@1"),
-    ("idft", "sft", "pass@1"),
-    ("idft", "sft", "side"),
-    ("hinted + sft", "sft", "side"),
-    ("hinted + idft", "hinted + sft", "side"),
-    ("hinted + idft", "dpo", "pass@1"),
-    ("hinted + idft", "simpo", "pass@1"),
-    ("prefix_rft", "sft", "pass@1"),
-    ("prefix_rft", "grpo", "pass@1"),
-    ("prefix_rft", "sft, then grpo", "pass@1"),
-    ("prefix_rft", "luffy", "pass@1"),
-    ("prefix_rft", "rl + sft loss", "pass@1"),
-    ("prefix_rft", "prefix_rft, prefix not trained", "pass@1"),
-    ("prefix_rft", "prefix_rft, whole prefix", "pass@1"),
-    ("prefix_rft", "prefix_rft, random 20 %", "pass@1"),
-    ("prefix_rft", "prefix_rft, bottom 20 %", "pass@1"),
-    ("prefix_rft", "prefix_rft, uniform", "pass@1"),
-    ("prefix_rft, 10 % demonstrated", "grpo", "pass@1"),
-    ("prefix_rft, 1 % demonstrated", "grpo", "pass@1"),
-    ("prefix_rft", "sft", "side"),
-    ("prefix_rft", "grpo", "harder"),
-    ("prefix_rft, noisy demonstrations", "sft, noisy demonstrations", "pass@1"),
-    ("prefix_rft, noisy demonstrations", "idft, noisy demonstrations", "pass@1"),
-    ("prefix_rft, noisy demonstrations", "luffy, noisy demonstrations", "pass@1"),
-    ("prefix_rft, noisy demonstrations", "sft, then grpo, noisy demonstrations", "pass@1"),
-    ("prefix_rft, noisy demonstrations", "grpo", "pass@1"),
-    ("grpo", "grpo, as in DeepSeekMath", "pass@1"),
-    ("dapo", "grpo, as in DeepSeekMath", "pass@1"),
-    ("grpo", "rft, k = 16, base", "pass@1"),
+MANY = {"base", "sft", "grpo", "sft, then grpo", "luffy", "prefix_rft"}  # asked for pass@k of large k, too
+MANY_QUESTIONS, MANY_SAMPLES = 100, 64
+PREFIX, NOISED = "prefix_rft", ", noisy demonstrations"
+
+
+def above(better, others, number="pass@1"):
+    return [(better, other, number) for other in others]
+
+
+CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (better, worse, number)
+    (
+        "Prefix-RFT is above SFT, GRPO, SFT then RL, LUFFY, RL with an SFT loss (2507.01679)",
+        "51.8; 44.1, 45.5, 48.2, 50.1",
+        above(PREFIX, ["sft", "grpo", "sft, then grpo", "luffy", "rl + sft loss"]),
+    ),
+    (
+        "against it: SFT then RL is above the methods that mix (2604.23747)",
+        "57.0; 51.8, 50.1",
+        above("sft, then grpo", [PREFIX, "luffy"]),
+    ),
+    (
+        "of a prefix, train the tokens of highest entropy: not all, none, random ones or the lowest",
+        "51.8; 45.7 all, 45.4 none",
+        above(PREFIX, [f"{PREFIX}, {x}" for x in ("whole prefix", "prefix not trained")])
+        + above(PREFIX, [f"{PREFIX}, {x}" for x in ("random 20 %", "bottom 20 %")]),
+    ),
+    (
+        "few demonstrations do: 10 % and 1 % of them are above GRPO",
+        "40.8, 37.6; 30.0",
+        [(f"{PREFIX}, {share} % demonstrated", "grpo", "pass@1") for share in (10, 1)],
+    ),
+    (
+        "weak demonstrators do",
+        "39.8; 41.1 with strong ones",
+        above(PREFIX + NOISED, [x + NOISED for x in ("sft", "idft", "luffy", "sft, then grpo")] + ["grpo"]),
+    ),
+    (
+        "a cosine schedule of prefix lengths is above a uniform one",
+        "a figure",
+        above(PREFIX, [f"{PREFIX}, uniform"]),
+    ),
+    (
+        "the guidance fades by itself: the lead of completions with a prefix shrinks",
+        "a figure",
+        [(PREFIX, None, "lead lost")],
+    ),
+    (
+        "mixing widens what is solved at all",
+        "pass@2048 96.7; RL 90.0, base 86.7",
+        above(PREFIX, ["grpo", "base"], "pass@64"),
+    ),
+    ("Prefix-RFT forgets less than SFT", "", above(PREFIX, ["sft"], "side")),
+    ("Prefix-RFT carries further than GRPO: harder questions", "", above(PREFIX, ["grpo"], "harder")),
+    (
+        "LUFFY keeps entropy where on-policy RL loses it (2504.14945)",
+        "a figure",
+        above("luffy", ["grpo"], "entropy in training"),
+    ),
+    (
+        "RL raises pass@1; at large k the base is ahead (2402.03300, 2504.13837)",
+        "figures",
+        above("grpo", ["base"]) + above("base", ["grpo"], "pass@64"),
+    ),
+    (
+        "Dr. GRPO is no worse than GRPO, and wrong answers stop growing (2503.20783)",
+        "a figure",
+        above("grpo", ["grpo, as in DeepSeekMath"]),
+    ),
+    (
+        "clip-higher, token mean, dynamic sampling and a soft length limit help (2503.14476)",
+        "30 to 50 together",
+        above("dapo", ["grpo, as in DeepSeekMath"]),
+    ),
+    ("RL is above rejection sampling", "", above("grpo", ["rft, k = 16, base"])),
+    (
+        "RFT grows with k, as distinct paths do (2308.01825)",
+        "35.9 SFT, 41.7 k = 100",
+        above("rft, k = 16, base", ["rft, k = 1, base"]),
+    ),
+    (
+        "continuing from the last round is above starting again",
+        "",
+        above("rft, k = 16, continue", ["rft, k = 16, base"]),
+    ),
+    ("DFT is above SFT (2508.05629)", "31.6; 18.0", above("dft", ["sft"])),
+    ("IDFT is above SFT (2602.12222)", "68; 60", above("idft", ["sft"])),
+    ("IDFT forgets less than SFT", "", above("idft", ["sft"], "side")),
+    ("hinted decoding raises phi", "-0.1 to -0.05", [("hinted + idft", None, "phi gained")]),
+    (
+        "own words forget less: hinted + SFT than SFT, hinted + IDFT than hinted + SFT",
+        "",
+        above("hinted + sft", ["sft"], "side") + above("hinted + idft", ["hinted + sft"], "side"),
+    ),
+    (
+        "hinted + IDFT is above DPO and SimPO",
+        "27.4; 22.4 SimPO",
+        above("hinted + idft", ["dpo", "simpo"]),
+    ),
 ]
 
 
@@ -161,7 +229,8 @@ def run(cell, seed, runs):
             if "--resume" not in flags:  # else this is a part of them only
                 (folder / "seconds.json").write_text(json.dumps(seconds))
     if not (out / "measured.json").exists():
-        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"))
+        many = ["--many"] * (cell in MANY)
+        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"), *many)
     lines = [json.loads(line) for folder in folders for line in open(folder / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
@@ -169,9 +238,8 @@ def run(cell, seed, runs):
     record |= {"args": [settings(json.loads((folder / "args.json").read_text())) for folder in folders]}
     if all((folder / "seconds.json").exists() for folder in folders):
         record |= {"cpu": sum(json.loads((f / "seconds.json").read_text())["cpu"] for f in folders)}
-    curve = [
-        [x["reward"], x["entropy"], x["response_len"]] for x in lines if "reward" in x and "entropy" in x
-    ]
+    numbers = ["reward", "entropy", "response_len"] + ["reward_hybrid"] * ("reward_hybrid" in lines[-1])
+    curve = [[x[k] for k in numbers] for x in lines if {"reward", "entropy"} <= x.keys()]
     record |= {"curve": [[round(y, 4) for y in x] for x in curve]} if curve else {}
     record["stage"] = {k: v for x in lines for k, v in x.items() if k in STAGE}
     record |= json.loads((out / "measured.json").read_text())
@@ -182,8 +250,11 @@ def run(cell, seed, runs):
 
 
 @torch.no_grad()
-def measure(folder):
-    """Right answers per question on each split, and on own samples: KL to the base, entropy, length."""
+def measure(folder, many=False):
+    """Right answers per question on each split, and on own samples: KL to the base, entropy, length.
+
+    With `many`, also right answers among 64 to each of the first 100 held-out questions.
+    """
     args = sft.parse_args(["--max-new-tokens", "128"])
     model, tokenizer = tok.load_model(str(folder))
     base, _ = tok.load_model(str(ROOT / "tiny/model"))
@@ -200,6 +271,13 @@ def measure(folder):
                 measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
                 measured["length"] = sum(map(len, responses)) / len(responses)
                 measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
+    if many:
+        torch.manual_seed(0)
+        rows = tok.load_split(str(ROOT / "tiny/data"), "test", {}).select(range(MANY_QUESTIONS))
+        prompts = tok.encode_prompts(tokenizer, rows["question"]) * MANY_SAMPLES
+        responses, _ = sft.sample(model, tokenizer, prompts, 1.0, args)
+        right = math_reward(tok.decode_responses(tokenizer, responses), list(rows["answer"]) * MANY_SAMPLES)
+        measured["many"] = torch.tensor(right).view(MANY_SAMPLES, -1).sum(0).int().tolist()
     tokens, mask = tok.join(*own)
     log_p, log_q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (model, base))
     seen = mask[:, 1:].bool()
@@ -220,8 +298,32 @@ def read(cell, seeds):
 ASKED = ("test", "harder", "side", "test_greedy")
 
 
+def entropy_in_training(x):
+    return torch.tensor(x["curve"])[:, 1].mean().item()
+
+
+def lead_lost(x):
+    """Lead of the completions with a prefix over the others in reward: first ten steps less last ten."""
+    reward, _, _, hybrid = torch.tensor(x["curve"]).T  # [steps] each; reward: mean of the whole group
+    group = x["args"][-1]["group_size"]
+    lead = (hybrid - reward) * group / (group - 1)
+    return (lead[:10].mean() - lead[-10:].mean()).item()
+
+
+def phi_gained(x):
+    return x["stage"]["phi_hinted"] - x["stage"]["phi_demo"]
+
+
+OF_RUN = {"entropy in training": entropy_in_training, "lead lost": lead_lost, "phi gained": phi_gained}
+
+
 def shares(done, name):
-    """Share of right answers, [seeds, questions]."""
+    """Share of right answers, [seeds, questions], or one number of each run, [seeds, 1]."""
+    if name in OF_RUN:
+        return torch.tensor([[OF_RUN[name](x)] for x in done])
+    if name == "pass@64":
+        return (torch.tensor([x["many"] for x in done]) > 0).float()
+    name = name.replace("pass@1", "test")
     n = 1 if name.endswith("greedy") else SPLITS[name][1]
     return torch.tensor([x[name] for x in done]).float() / n
 
@@ -263,46 +365,109 @@ def summary(done):
 def report(cells, seeds, write):
     base = RESULTS / "cells/base-0.json"
     if not base.exists():
-        base.write_text(json.dumps({"cell": "base", "seed": 0} | measure(ROOT / "tiny/model")) + "\n")
-    every = {cell: done for cell in cells if (done := read(cell, seeds))}
-    rows = {"base": summary([json.loads(base.read_text())])}
-    rows |= {cell: summary(done) for cell, done in every.items()}
-    compared = []
-    for better, worse, number in CLAIMS:
-        both = [{x["seed"]: x for x in every.get(cell, [])} for cell in (better, worse)]
-        if common := sorted(set(both[0]) & set(both[1])):
-            a, b = (shares([x[s] for s in common], number.replace("pass@1", "test")) for x in both)
-            gain = {"seeds": len(common), "gain": interval(a - b)}
-            compared.append({"better": better, "worse": worse, "number": number} | gain)
+        measured = {"cell": "base", "seed": 0} | measure(ROOT / "tiny/model", many=True)
+        base.write_text(json.dumps(measured) + "\n")
+    every = {"base": [json.loads(base.read_text())]}
+    every |= {cell: done for cell in cells if (done := read(cell, seeds))}
+    rows = {cell: summary(done) for cell, done in every.items()}
+    compared = [versus(every, *pair) | {"claim": claim} for claim, _, pairs in CLAIMS for pair in pairs]
+    tables = {"results": full(rows, seeds), "pass@k": covered(every), "claims": claimed(compared)}
+    text = "\n\n".join("\n".join(lines) for lines in tables.values())
+    print(text)
+    if write:
+        both = {"rows": rows, "compared": compared}
+        (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
+        (RESULTS / "results.md").write_text(text + "\n")
+        for name, lines in (tables | {"results": short(rows)}).items():
+            insert(name, lines)
+        plot_curves(every)
+
+
+def full(rows, seeds):
+    """Every column."""
     head = "| |pass@1|greedy|pass@8|L1|L2|L3|L4|L5|L6|harder|side|KL|entropy|length|generated|trained|CPU s|"
     text = [head, "|---" * (head.count("|") - 1) + "|"]
     for cell, row in rows.items():
         ends = {key: "{:.3f} [{:.3f}, {:.3f}]".format(*row[key]) for key in ("pass@1", "harder", "side")}
-        name = (
-            cell
-            if cell == "base" or len(row["seeds"]) == len(seeds)
-            else f"{cell} ({len(row['seeds'])} seeds)"
-        )
-        line = [name, ends["pass@1"], f"{row['test_greedy'][0]:.3f}", f"{row['pass@8']:.3f}"]
+        few = f" ({len(row['seeds'])} seeds)" * (cell != "base" and len(row["seeds"]) < len(seeds))
+        line = [cell + few, ends["pass@1"], f"{row['test_greedy'][0]:.3f}", f"{row['pass@8']:.3f}"]
         line += [f"{x:.2f}" for x in row["levels"].values()] + [ends["harder"], ends["side"]]
         line += [f"{row['kl']:.3f}", f"{row['entropy']:.3f}", f"{row['length']:.1f}"]
         line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
         text.append("| " + " | ".join([*line, f"{row['cpu']:.0f}" if "cpu" in row else ""]) + " |")
-    claims = ["| better? | than | number | gain, 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
-    for c in compared:
-        mean, low, high = c["gain"]
-        verdict = "yes" if low > 0 else "no, worse" if high < 0 else "not decided"
-        verdict = verdict if c["seeds"] >= 3 else "too few seeds"
-        gain = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        claims.append(f"| {c['better']} | {c['worse']} | {c['number']} | {gain} | {c['seeds']} | {verdict} |")
-    print("\n".join([*text, "", *claims]))
-    if write:
-        both = {"rows": rows, "compared": compared}
-        (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
-        (RESULTS / "results.md").write_text("\n".join([*text, "", *claims]) + "\n")
-        insert("results", short(rows))
-        insert("claims", claims)
-        plot_curves(every)
+    return text
+
+
+def short(rows):
+    """The rows as the README has them."""
+    head = "| | pass@1 | greedy | levels 1–3 | levels 4–6 | harder | side skills | KL to the base "
+    text = [head + "| generated | trained | seeds |", "|---" * 11 + "|"]
+    for cell, row in rows.items():
+        levels = list(row["levels"].values())
+        line = [cell, "{:.3f} [{:.3f}, {:.3f}]".format(*row["pass@1"]), f"{row['test_greedy'][0]:.3f}"]
+        line += [f"{sum(levels[i : i + 3]) / 3:.2f}" for i in (0, 3)]
+        line += [f"{row[k][0]:.3f}" for k in ("harder", "side")] + [f"{row['kl']:.3f}"]
+        line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
+        text.append("| " + " | ".join([*line, str(len(row["seeds"])) if cell != "base" else ""]) + " |")
+    return text
+
+
+def covered(every):
+    """pass@k, unbiased, of cells that were asked many times; what they solve that the base never does."""
+    ks = [2**i for i in range(MANY_SAMPLES.bit_length())]
+    text = [f"| pass@k, k = | {' | '.join(map(str, ks))} | of what the base never solves | seeds |"]
+    text += ["|---" * (len(ks) + 3) + "|"]
+    never = torch.tensor(every["base"][0]["many"]) == 0
+    for cell, done in every.items():
+        if some := [x["many"] for x in done if "many" in x]:
+            right = torch.tensor(some)  # [seeds, questions]
+            wrong = [MANY_SAMPLES - c for c in right.flatten().tolist()]
+            line = [1 - sum(comb(w, k) for w in wrong) / comb(MANY_SAMPLES, k) / len(wrong) for k in ks]
+            line += [(right[:, never] > 0).float().mean().item()]
+            text.append(f"| {cell} | " + " | ".join(f"{x:.2f}" for x in line) + f" | {len(some)} |")
+    return text
+
+
+def claimed(compared):
+    text = ["| claim | paper | here: number, gain, 95 % interval | seeds | |", "|---" * 5 + "|"]
+    for claim, paper, _ in CLAIMS:
+        some = [c for c in compared if c["claim"] == claim]
+        gains, least = "<br>".join(map(gain_of, some)), min(c["seeds"] for c in some)
+        text.append(f"| {claim} | {paper} | {gains} | {least} | {verdict(some)} |")
+    return text
+
+
+def versus(every, better, worse, number):
+    """Gain of one cell over another, or over 0, on the seeds that both have; the base has every seed."""
+    seeds = {x["seed"] for done in every.values() for x in done}
+    found = [{x["seed"]: x for x in every.get(cell, [])} for cell in (better, worse) if cell]
+    for i, cell in enumerate((better, worse)):
+        if cell == "base":
+            found[i] = dict.fromkeys(seeds, every["base"][0])
+    common = sorted(set.intersection(*map(set, found)))
+    gain = {"better": better, "worse": worse, "number": number, "seeds": len(common)}
+    if common:
+        right = [shares([x[seed] for seed in common], number) for x in found]
+        gain["gain"] = interval(right[0] - right[1] if worse else right[0])
+    return gain
+
+
+def gain_of(c):
+    """A comparison in words."""
+    words = f"{c['better']} − {c['worse']}" if c["worse"] else c["better"]
+    gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*c["gain"]) if c["seeds"] else "not run"
+    return f"{words}, {c['number']}: {gain}"
+
+
+def verdict(some):
+    """Of the comparisons that a claim makes."""
+    if min(c["seeds"] for c in some) < 3:
+        return "too few seeds"
+    holds, opposed = sum(c["gain"][1] > 0 for c in some), sum(c["gain"][2] < 0 for c in some)
+    if holds == len(some):
+        return "reproduced"
+    parts = [f"{n} of {len(some)} {how}" for n, how in ((holds, "are"), (opposed, "are the reverse")) if n]
+    return "not reproduced" + (": " + ", ".join(parts)) * bool(parts)
 
 
 def canvas(columns, size):
@@ -338,20 +503,6 @@ def plot_curves(every):
     save(figure, RESULTS / "curves.png")
 
 
-def short(rows):
-    """The rows as the README has them."""
-    head = "| | pass@1 | greedy | levels 1–3 | levels 4–6 | harder | side skills | KL to the base "
-    text = [head + "| generated | trained | seeds |", "|---" * 11 + "|"]
-    for cell, row in rows.items():
-        levels = list(row["levels"].values())
-        line = [cell, "{:.3f} [{:.3f}, {:.3f}]".format(*row["pass@1"]), f"{row['test_greedy'][0]:.3f}"]
-        line += [f"{sum(levels[i : i + 3]) / 3:.2f}" for i in (0, 3)]
-        line += [f"{row[k][0]:.3f}" for k in ("harder", "side")] + [f"{row['kl']:.3f}"]
-        line += [f"{row.get(f'tokens_{k}', 0) / 1000:.0f}k" for k in ("generated", "trained")]
-        text.append("| " + " | ".join([*line, str(len(row["seeds"])) if cell != "base" else ""]) + " |")
-    return text
-
-
 def insert(name, lines):
     """Put a table between its two marks in the README."""
     before, mark, rest = README.read_text().partition(f"<!-- {name} -->\n")
@@ -379,12 +530,14 @@ def flags(doc, cells, runs):
 def main():
     parser = flags(__doc__, CELLS, ROOT / "runs/reproduce")
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
+    parser.add_argument("--many", action="store_true", help=f"measure {MANY_SAMPLES} answers a question, too")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "cells"):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if args.measure:
-        (args.measure.parent / "measured.json").write_text(json.dumps(measure(args.measure)))
+        measured = measure(args.measure, args.many)
+        (args.measure.parent / "measured.json").write_text(json.dumps(measured))
         return
     if not args.report:
         with ThreadPoolExecutor(args.jobs) as pool:
