@@ -192,7 +192,8 @@ def plot(rows):
             label, color = {"ppo": "PPO, by β", "dpo": "DPO"}.get(method, method), COLORS[method]
             axis.errorbar(x, y, bars, fmt=sign, color=color, label=label, capsize=3)
             for name, *at in zip(some, x, y):
-                axis.annotate(name, at, (4, -13), textcoords="offset points", fontsize=8, color=color)
+                beside = (4, 5 if method == "ppo" else -13)  # PPO's labels above its points
+                axis.annotate(name, at, beside, textcoords="offset points", fontsize=8, color=color)
         axis.set_xscale("symlog", linthresh=0.5)
         axis.set(xlabel="KL from the base model, nats a response", title=title)
     axes[0].legend(frameon=False)

@@ -466,8 +466,10 @@ def verdict(some):
     holds, opposed = sum(c["gain"][1] > 0 for c in some), sum(c["gain"][2] < 0 for c in some)
     if holds == len(some):
         return "reproduced"
-    parts = [f"{n} of {len(some)} {how}" for n, how in ((holds, "are"), (opposed, "are the reverse")) if n]
-    return "not reproduced" + (": " + ", ".join(parts)) * bool(parts)
+    if opposed == len(some):
+        return "not reproduced: the reverse"
+    parts = [f"{n} of {len(some)} {how}" for n, how in ((holds, "hold"), (opposed, "are the reverse")) if n]
+    return "not reproduced" + f": {', '.join(parts)}" * bool(parts)
 
 
 def canvas(columns, size):

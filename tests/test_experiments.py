@@ -46,8 +46,60 @@ def test_the_draws_of_two_methods_are_the_same():
 
 
 def test_the_claims_are_about_cells():
-    for better, worse, number in reproduce.CLAIMS:
-        assert {better, worse} <= reproduce.CELLS.keys() and number in ("pass@1", *reproduce.SPLITS)
+    numbers = {"pass@1", "pass@64", *reproduce.SPLITS, *reproduce.OF_RUN}
+    for _, _, pairs in reproduce.CLAIMS:
+        for better, worse, number in pairs:
+            assert {better, worse} <= {"base", None, *reproduce.CELLS} and number in numbers
+            assert number != "pass@64" or {better, worse} <= reproduce.MANY
+
+
+def run_of(seed, right, **more):
+    levels = [1 + i % 6 for i in range(300)]
+    asked = {split: [right] * n for split, (n, _) in reproduce.SPLITS.items()} | {"test_greedy": [1] * 300}
+    return {"seed": seed, "levels": levels, "many": [0] * 50 + [right] * 50} | asked | more
+
+
+def test_a_claim_needs_three_seeds_and_every_comparison():
+    every = {
+        "base": [run_of(0, 2)],
+        "grpo": [run_of(seed, 4) for seed in (0, 1, 2, 3)],
+        "sft": [run_of(seed, 1) for seed in (1, 2, 3)],
+        "dpo": [run_of(seed, 8) for seed in (1, 2)],
+    }
+    up, down = (reproduce.versus(every, "grpo", cell, "pass@1") for cell in ("sft", "base"))
+    assert up["seeds"] == 3 and up["gain"] == [0.375] * 3  # (4 - 1) / 8 samples, on the seeds of both
+    assert down["seeds"] == 4 and down["gain"] == [0.25] * 3  # the base has every seed
+    other, few = (
+        reproduce.versus(every, "sft", "grpo", "pass@1"),
+        reproduce.versus(every, "grpo", "dpo", "side"),
+    )
+    none = reproduce.versus(every, "grpo", "luffy", "pass@1")
+    level = reproduce.versus(every, "grpo", "base", "pass@64")
+    assert few["seeds"] == 2 and few["gain"] == [-1.0] * 3  # 4 samples of side skills
+    assert none["seeds"] == 0 and "not run" in reproduce.gain_of(none)
+    verdicts = [[up, down], [up, other], [other], [level], [up, few], [up, none]]
+    assert [reproduce.verdict(some) for some in verdicts] == [
+        "reproduced",
+        "not reproduced: 1 of 2 hold, 1 of 2 are the reverse",
+        "not reproduced: the reverse",
+        "not reproduced",
+        "too few seeds",
+        "too few seeds",
+    ]
+
+
+def test_the_lead_of_a_prefix_is_over_the_completions_without_one():
+    """Groups of 4: the mean of all is 0.5 where the hybrid has 0.8 and the three others 0.4."""
+    curve = [[0.5, 0.0, 0.0, 0.8]] * 10 + [[0.6, 0.0, 0.0, 0.6]] * 10
+    assert reproduce.lead_lost({"curve": curve, "args": [{"group_size": 4}]}) == pytest.approx(0.4)
+
+
+def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
+    every = {"base": [run_of(0, 32)], "sft": [run_of(seed, 64) for seed in (0, 1)]}
+    every["sft"][0]["many"] = [64] * 25 + [0] * 25 + [64] * 50
+    _, _, base, sft = reproduce.covered(every)
+    assert base.startswith("| base | 0.25 | 0.38 | ") and base.endswith(" | 0.50 | 0.00 | 1 |")
+    assert sft.startswith("| sft | 0.62 | 0.62 | ") and sft.endswith(" | 0.62 | 0.25 | 2 |")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +114,7 @@ def test_a_cell_is_what_the_command_of_today_would_run(file):
         script, *flags = part.split()
         today = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert reproduce.settings(vars(today)) == args
+    assert ("many" in record) == (record["cell"] in reproduce.MANY)
     assert record["cell"] == "base" or len(record["args"]) == len(record["command"].split(" && "))
     for split, (questions, n) in reproduce.SPLITS.items():
         assert len(record[split]) == questions and 0 <= min(record[split]) <= max(record[split]) <= n
