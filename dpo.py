@@ -246,7 +246,7 @@ def main(args):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
 
         # pairs
-        batch = train.select([2 * j + side for j in order[step - 1].tolist() for side in (0, 1)])
+        batch = train[[2 * j + side for j in order[step - 1].tolist() for side in (0, 1)]]  # column -> list
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
         cut = sum(len(ids) > args.max_demo_tokens for ids in responses)
@@ -256,7 +256,7 @@ def main(args):
 
         # train
         losses, seen = [], []
-        rewards = torch.zeros(len(batch), dtype=model.dtype)
+        rewards = torch.zeros(len(tokens), dtype=model.dtype)
         longer = mask.view(-1, 2, mask.shape[1]).amax(1)  # a micro-batch holds whole pairs, [N/2, T]
         for pair, width in tok.split_by_tokens(longer, range(len(longer)), args.micro_batch_tokens // 2):
             rows = [row for j in pair for row in (2 * j, 2 * j + 1)]
@@ -277,7 +277,7 @@ def main(args):
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
-        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
+        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(tokens)}
         metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         rewards = tok.reduce(rewards)

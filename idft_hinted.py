@@ -276,7 +276,7 @@ def main(args):
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
 
         # demonstrations
-        batch = train.select(order[step - 1])
+        batch = train[order[step - 1].tolist()]  # column -> list
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
         cut = sum(len(ids) > args.max_demo_tokens for ids in responses)
@@ -286,7 +286,7 @@ def main(args):
         # train
         losses, seen = [], []
         phi = []
-        for rows, width in tok.split_by_tokens(mask, range(len(batch)), args.micro_batch_tokens):
+        for rows, width in tok.split_by_tokens(mask, range(len(tokens)), args.micro_batch_tokens):
             y, m = (x[rows, :width] for x in (tokens, mask))  # micro-batch, [B, T]
             with autocast:
                 logp, entropy = logprobs(model, y, m, args.temperature)
@@ -304,7 +304,7 @@ def main(args):
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
-        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
+        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(tokens)}
         metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         metrics |= {"phi": torch.cat(tok.gather(phi)).mean()}

@@ -267,7 +267,7 @@ def main(args):
         began = time.time()
 
         # demonstrations, its own ones
-        batch = train.select(order[nth - 1])
+        batch = train[order[nth - 1].tolist()]  # column -> list
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
         cut = sum(len(ids) > args.max_demo_tokens for ids in responses)
@@ -276,7 +276,7 @@ def main(args):
 
         # train
         losses, seen = [], []
-        for rows, width in tok.split_by_tokens(mask, range(len(batch)), args.micro_batch_tokens):
+        for rows, width in tok.split_by_tokens(mask, range(len(tokens)), args.micro_batch_tokens):
             y, m = (x[rows, :width] for x in (tokens, mask))  # micro-batch, [B, T]
             with autocast:
                 logp, entropy = logprobs(model, y, m, 1.0)  # not the temperature of the samples
@@ -293,7 +293,7 @@ def main(args):
 
         # log, evaluate, save
         metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
-        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(batch)}
+        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(tokens)}
         metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
         metrics |= {"seconds_train": time.time() - began}
         if step % args.steps == 0 or (args.eval_every and step % args.eval_every == 0):

@@ -35,8 +35,9 @@ def odd(completions, golds):
     return [float(len(text) % 2) for text in completions]
 
 
-# questions per step, group size, budget, demonstrations per step, steps (the first is not counted), reward
-SIZES = {"tiny": (16, 8, 100, 16, 6, math_reward), "135M": (2, 4, 96, 4, 3, odd)}
+# questions per step, group size, budget, demonstrations per step, padded tokens of our passes, steps (the first
+# is not counted), reward; TRL takes a batch in one pass
+SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward), "135M": (4, 8, 128, 4, 192, 3, odd)}
 
 
 def big_model(folder):
@@ -80,7 +81,7 @@ def rows_of(n):
 
 
 def ours(script, model, size, out):
-    questions, group, budget, demonstrations, steps, grpo.math_reward = size
+    questions, group, budget, demonstrations, micro, steps, grpo.math_reward = size
     meter, count = Meter(), tok.steps
 
     def watched(state, last):
@@ -91,7 +92,7 @@ def ours(script, model, size, out):
 
     tok.steps = watched
     flags = f"--model {model} --output-dir {out} --steps {steps} --eval-questions 1 --eval-samples 0"
-    flags += f" --save-every 0 --max-new-tokens {budget}"
+    flags += f" --save-every 0 --max-new-tokens {budget} --micro-batch-tokens {micro}"
     if script is grpo:
         flags += f" --batch-size {questions} --group-size {group}"
     else:
@@ -106,7 +107,7 @@ def trl(kind, model, size, out):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    questions, group, budget, demonstrations, steps, judge = size
+    questions, group, budget, demonstrations, _, steps, judge = size
     meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(model)
 
     class Watch(TrainerCallback):
@@ -142,10 +143,10 @@ def trl(kind, model, size, out):
 
 @torch.no_grad()
 def sampling(side, model, size):
-    """Sampled tokens per CPU second on 4 x the questions of a step."""
+    """Sampled tokens per CPU second on a step's questions."""
     questions, group, budget, *_ = size
     net, tokenizer = tok.load_model(model)
-    prompts = tok.encode_prompts(tokenizer, [r["question"] for r in rows_of(4 * questions)]) * group
+    prompts = tok.encode_prompts(tokenizer, [r["question"] for r in rows_of(questions)]) * group
     stops, rates = tok.stop_ids(tokenizer, net.config), []
     args = grpo.parse_args(["--max-new-tokens", str(budget)])
     for turn in range(3):
