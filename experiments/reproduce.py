@@ -129,7 +129,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
     (
         "mixing widens what is solved at all",
         "pass@2048 96.7; RL 90.0, base 86.7",
-        above(PREFIX, ["grpo", "base"], "pass@64"),
+        above(PREFIX, ["grpo", "base"], "pass@64, harder"),
     ),
     ("Prefix-RFT forgets less than SFT", "", above(PREFIX, ["sft"], "side")),
     ("Prefix-RFT carries further than GRPO: harder questions", "", above(PREFIX, ["grpo"], "harder")),
@@ -141,7 +141,9 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
     (
         "RL raises pass@1; at large k the base is ahead (2402.03300, 2504.13837)",
         "figures",
-        above("grpo", ["base"]) + above("base", ["grpo"], "pass@64"),
+        above("grpo", ["base"])
+        + above("base", ["grpo"], "pass@64")
+        + above("base", ["grpo"], "pass@64, harder"),
     ),
     (
         "Dr. GRPO is no worse than GRPO, and wrong answers stop growing (2503.20783)",
@@ -253,7 +255,7 @@ def run(cell, seed, runs):
 def measure(folder, many=False):
     """Right answers per question on each split, and on own samples: KL to the base, entropy, length.
 
-    With `many`, also right answers among 64 to each of the first 100 held-out questions.
+    With `many`, also right answers among 64 to each of 100 held-out questions and of 100 harder ones.
     """
     args = sft.parse_args(["--max-new-tokens", "128"])
     model, tokenizer = tok.load_model(str(folder))
@@ -271,13 +273,13 @@ def measure(folder, many=False):
                 measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
                 measured["length"] = sum(map(len, responses)) / len(responses)
                 measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
-    if many:
+    for split in ("test", "harder") if many else ():
         torch.manual_seed(0)
-        rows = tok.load_split(str(ROOT / "tiny/data"), "test", {}).select(range(MANY_QUESTIONS))
+        rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(MANY_QUESTIONS))
         prompts = tok.encode_prompts(tokenizer, rows["question"]) * MANY_SAMPLES
         responses, _ = sft.sample(model, tokenizer, prompts, 1.0, args)
         right = math_reward(tok.decode_responses(tokenizer, responses), list(rows["answer"]) * MANY_SAMPLES)
-        measured["many"] = torch.tensor(right).view(MANY_SAMPLES, -1).sum(0).int().tolist()
+        measured[f"many_{split}"] = torch.tensor(right).view(MANY_SAMPLES, -1).sum(0).int().tolist()
     tokens, mask = tok.join(*own)
     log_p, log_q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (model, base))
     seen = mask[:, 1:].bool()
@@ -316,13 +318,15 @@ def phi_gained(x):
 
 OF_RUN = {"entropy in training": entropy_in_training, "lead lost": lead_lost, "phi gained": phi_gained}
 
+OF_MANY = {"pass@64": "many_test", "pass@64, harder": "many_harder"}
+
 
 def shares(done, name):
     """Share of right answers, [seeds, questions], or one number of each run, [seeds, 1]."""
     if name in OF_RUN:
         return torch.tensor([[OF_RUN[name](x)] for x in done])
-    if name == "pass@64":
-        return (torch.tensor([x["many"] for x in done]) > 0).float()
+    if name in OF_MANY:
+        return (torch.tensor([x[OF_MANY[name]] for x in done]) > 0).float()
     name = name.replace("pass@1", "test")
     n = 1 if name.endswith("greedy") else SPLITS[name][1]
     return torch.tensor([x[name] for x in done]).float() / n
@@ -417,14 +421,16 @@ def covered(every):
     ks = [2**i for i in range(MANY_SAMPLES.bit_length())]
     text = [f"| pass@k, k = | {' | '.join(map(str, ks))} | of what the base never solves | seeds |"]
     text += ["|---" * (len(ks) + 3) + "|"]
-    never = torch.tensor(every["base"][0]["many"]) == 0
-    for cell, done in every.items():
-        if some := [x["many"] for x in done if "many" in x]:
-            right = torch.tensor(some)  # [seeds, questions]
-            wrong = [MANY_SAMPLES - c for c in right.flatten().tolist()]
-            line = [1 - sum(comb(w, k) for w in wrong) / comb(MANY_SAMPLES, k) / len(wrong) for k in ks]
-            line += [(right[:, never] > 0).float().mean().item()]
-            text.append(f"| {cell} | " + " | ".join(f"{x:.2f}" for x in line) + f" | {len(some)} |")
+    for key, more in (("many_test", ""), ("many_harder", ", harder")):
+        never = torch.tensor(every["base"][0][key]) == 0
+        for cell, done in every.items():
+            if some := [x[key] for x in done if key in x]:
+                right = torch.tensor(some)  # [seeds, questions]
+                wrong = [MANY_SAMPLES - c for c in right.flatten().tolist()]
+                line = [1 - sum(comb(w, k) for w in wrong) / comb(MANY_SAMPLES, k) / len(wrong) for k in ks]
+                line += [(right[:, never] > 0).float().mean().item()]
+                line = " | ".join(f"{x:.2f}" for x in line)
+                text.append(f"| {cell}{more} | {line} | {len(some)} |")
     return text
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -29,14 +30,15 @@ import grpo  # noqa: E402
 import sft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
+from experiments.reproduce import insert  # noqa: E402
 
 
 def odd(completions, golds):
     return [float(len(text) % 2) for text in completions]
 
 
-# questions per step, group size, budget, demonstrations per step, padded tokens of our passes, steps (the first
-# is not counted), reward; TRL takes a batch in one pass
+# questions per step, group size, budget, demonstrations per step, padded tokens of our passes (TRL takes the
+# batch in one), steps of which the first is not counted, reward
 SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward), "135M": (4, 8, 128, 4, 192, 3, odd)}
 
 
@@ -75,6 +77,10 @@ class Meter:
 
 def rows_of(n):
     return [json.loads(x) for x in open(ROOT / "tiny/data/train.jsonl")][:n]
+
+
+RECORDS = ROOT / "experiments/results/speed.json"
+UNITS = {"sampling": "sampling: tokens/s", "sft": "sft.py: s a step", "grpo": "grpo.py: s a step"}
 
 
 # ---- one side, in a process of its own -------------------------------------------------------------------
@@ -177,46 +183,60 @@ def one(what, side, model, size):
 # ---- all of it -------------------------------------------------------------------------------------------
 
 
+def measured(what, model, name, threads, turns):
+    """Medians over turns, {side: {figure: value}}; the sides take turns."""
+    sides = ("ours", "theirs") if what == "sampling" or find_spec("trl") else ("ours",)
+    done = {side: [] for side in sides}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    for side in sides * turns:
+        command = [sys.executable, __file__, "--one", what, side, model, name]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr[-3000:]
+        done[side].append(json.loads(child.stdout.splitlines()[-1]))
+    return {side: {k: median(x[k] for x in found) for k in found[0]} for side, found in done.items()}
+
+
+def table(records):
+    head = "| model | threads | | ours | theirs | ours / theirs | MiB, ours | theirs | ours / theirs |"
+    text, form = [head, "|---" * 9 + "|"], lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    for name, found in sorted(records.items(), key=lambda item: item[0].split(", ")[0] == "135M"):
+        line = name.split(", ")
+        for key in found["ours"]:
+            a, b = found["ours"][key], found.get("theirs", {}).get(key, float("nan"))
+            line += [form(a), form(b), f"{a / b:.2f}"]
+        text.append("| " + " | ".join(line + [""] * (9 - len(line))) + " |")
+    return text
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=3, help="processes per side")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
-    every = ["sampling", "sft", "grpo"]
-    parser.add_argument("--what", nargs="+", choices=every, default=every, help="what to measure")
+    parser.add_argument("--what", nargs="+", choices=list(UNITS), default=list(UNITS), help="what to measure")
+    parser.add_argument(
+        "--write", action="store_true", help="keep what was measured, write the README's table"
+    )
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what, side, model folder, size
     args = parser.parse_args()
     if args.one:
         what, side, model, size = args.one
         print("\n" + json.dumps(one(what, side, model, SIZES[size])))
         return
-    have_trl = find_spec("trl") is not None
-    print("" if have_trl else "TRL is not installed: its column is left out\n")
-    print(
-        "| model | threads | what | ours | theirs | ours / theirs | memory, ours | theirs | ours / theirs |"
-    )
-    print("|---" * 9 + "|")
+    records = json.loads(RECORDS.read_text()) if args.write and RECORDS.exists() else {}
     with tempfile.TemporaryDirectory() as big:
         if "135M" in args.models:
             big_model(big)
-        for name in args.models:
-            for threads in args.threads:
-                for what in args.what:
-                    sides, done = ("ours", "theirs"), {"ours": [], "theirs": []}
-                    for side in (
-                        sides * args.turns if what == "sampling" or have_trl else ["ours"] * args.turns
-                    ):
-                        model = big if name == "135M" else str(ROOT / "tiny/model")
-                        command = [sys.executable, __file__, "--one", what, side, model, name]
-                        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-                        child = subprocess.run(command, env=environment, capture_output=True, text=True)
-                        assert child.returncode == 0, child.stderr[-3000:]
-                        done[side].append(json.loads(child.stdout.splitlines()[-1]))
-                    line = [name, threads, what]
-                    for key in done["ours"][0]:
-                        a, b = (median(x[key] for x in done[s]) if done[s] else float("nan") for s in sides)
-                        line += [f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}"]
-                    print("| " + " | ".join(map(str, line)) + " |", flush=True)
+        for name, threads, what in product(args.models, args.threads, args.what):
+            model = big if name == "135M" else str(ROOT / "tiny/model")
+            found = measured(what, model, name, threads, args.turns)
+            key = f"{name}, {threads}, {UNITS[what]}"
+            records[key] = found
+            print(table({key: found})[-1], flush=True)
+            if args.write:
+                RECORDS.write_text(json.dumps(records, indent=1) + "\n")
+                insert("speed", table(records))
+    print("\n".join(table(records)))
 
 
 if __name__ == "__main__":

@@ -46,17 +46,18 @@ def test_the_draws_of_two_methods_are_the_same():
 
 
 def test_the_claims_are_about_cells():
-    numbers = {"pass@1", "pass@64", *reproduce.SPLITS, *reproduce.OF_RUN}
+    numbers = {"pass@1", *reproduce.SPLITS, *reproduce.OF_RUN, *reproduce.OF_MANY}
     for _, _, pairs in reproduce.CLAIMS:
         for better, worse, number in pairs:
             assert {better, worse} <= {"base", None, *reproduce.CELLS} and number in numbers
-            assert number != "pass@64" or {better, worse} <= reproduce.MANY
+            assert number not in reproduce.OF_MANY or {better, worse} <= reproduce.MANY
 
 
 def run_of(seed, right, **more):
     levels = [1 + i % 6 for i in range(300)]
     asked = {split: [right] * n for split, (n, _) in reproduce.SPLITS.items()} | {"test_greedy": [1] * 300}
-    return {"seed": seed, "levels": levels, "many": [0] * 50 + [right] * 50} | asked | more
+    many = {name: [0] * 50 + [right] * 50 for name in reproduce.OF_MANY.values()}
+    return {"seed": seed, "levels": levels} | many | asked | more
 
 
 def test_a_claim_needs_three_seeds_and_every_comparison():
@@ -96,10 +97,10 @@ def test_the_lead_of_a_prefix_is_over_the_completions_without_one():
 
 def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
     every = {"base": [run_of(0, 32)], "sft": [run_of(seed, 64) for seed in (0, 1)]}
-    every["sft"][0]["many"] = [64] * 25 + [0] * 25 + [64] * 50
-    _, _, base, sft = reproduce.covered(every)
-    assert base.startswith("| base | 0.25 | 0.38 | ") and base.endswith(" | 0.50 | 0.00 | 1 |")
-    assert sft.startswith("| sft | 0.62 | 0.62 | ") and sft.endswith(" | 0.62 | 0.25 | 2 |")
+    every["sft"][0]["many_harder"] = [64] * 25 + [0] * 25 + [64] * 50
+    *_, base, sft = reproduce.covered(every)
+    assert base.startswith("| base, harder | 0.25 | 0.38 | ") and base.endswith(" | 0.50 | 0.00 | 1 |")
+    assert sft.startswith("| sft, harder | 0.62 | 0.62 | ") and sft.endswith(" | 0.62 | 0.25 | 2 |")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_a_cell_is_what_the_command_of_today_would_run(file):
         script, *flags = part.split()
         today = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert reproduce.settings(vars(today)) == args
-    assert ("many" in record) == (record["cell"] in reproduce.MANY)
+    assert ("many_harder" in record) == (record["cell"] in reproduce.MANY)
     assert record["cell"] == "base" or len(record["args"]) == len(record["command"].split(" && "))
     for split, (questions, n) in reproduce.SPLITS.items():
         assert len(record[split]) == questions and 0 <= min(record[split]) <= max(record[split]) <= n
