@@ -14,7 +14,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
 RFT is one round of this from the base, STaR and ReST-EM are several (STaR: --rationalize), RAFT and expert
 iteration are --restart continue --keep-per-question 1. With --k 0 --add-gold it is sft.py, bit by bit.
 
-    python rft_rejection.py                              # tiny world, 2 CPU cores, minutes
+    python rft_rejection.py                              # tiny world, 2 cores, minutes
     python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold            # RFT as published
     python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5 --questions 0
 """

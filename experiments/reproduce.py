@@ -136,7 +136,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
     (
         "LUFFY keeps entropy where on-policy RL loses it (2504.14945)",
         "a figure",
-        above("luffy", ["grpo"], "entropy in training"),
+        above("luffy", ["grpo"], "entropy left"),
     ),
     (
         "RL raises pass@1; at large k the base is ahead (2402.03300, 2504.13837)",
@@ -300,10 +300,6 @@ def read(cell, seeds):
 ASKED = ("test", "harder", "side", "test_greedy")
 
 
-def entropy_in_training(x):
-    return torch.tensor(x["curve"])[:, 1].mean().item()
-
-
 def lead_lost(x):
     """Lead of the completions with a prefix over the others in reward: first ten steps less last ten."""
     reward, _, _, hybrid = torch.tensor(x["curve"]).T  # [steps] each; reward: mean of the whole group
@@ -316,7 +312,12 @@ def phi_gained(x):
     return x["stage"]["phi_hinted"] - x["stage"]["phi_demo"]
 
 
-OF_RUN = {"entropy in training": entropy_in_training, "lead lost": lead_lost, "phi gained": phi_gained}
+def entropy_left(x):
+    """On own samples after training; the metric of the steps holds the tokens of demonstrations, too."""
+    return x["entropy"]
+
+
+OF_RUN = {"entropy left": entropy_left, "lead lost": lead_lost, "phi gained": phi_gained}
 
 OF_MANY = {"pass@64": "many_test", "pass@64, harder": "many_harder"}
 
@@ -435,7 +436,7 @@ def covered(every):
 
 
 def claimed(compared):
-    text = ["| claim | paper | here: number, gain, 95 % interval | seeds | |", "|---" * 5 + "|"]
+    text = ["| claim | paper | here: gain, 95 % interval | seeds | |", "|---" * 5 + "|"]
     for claim, paper, _ in CLAIMS:
         some = [c for c in compared if c["claim"] == claim]
         gains, least = "<br>".join(map(gain_of, some)), min(c["seeds"] for c in some)
@@ -459,10 +460,11 @@ def versus(every, better, worse, number):
 
 
 def gain_of(c):
-    """A comparison in words."""
-    words = f"{c['better']} − {c['worse']}" if c["worse"] else c["better"]
+    """A comparison in words; the number is pass@1 if none is named."""
+    over = f" over {c['worse']}" * bool(c["worse"])
+    number = f" ({c['number']})" * (c["number"] != "pass@1")
     gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*c["gain"]) if c["seeds"] else "not run"
-    return f"{words}, {c['number']}: {gain}"
+    return f"{c['better']}{over}{number}: {gain}"
 
 
 def verdict(some):
@@ -507,7 +509,7 @@ def plot_curves(every):
             smooth = [steps[max(0, t - 4) : t + 1, i].mean().item() for t in range(len(steps))]
             axis.plot(range(1, len(steps) + 1), smooth, color=COLORS[cell], label=cell, linewidth=2)
             axis.set(title=title, xlabel="step")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False)
     save(figure, RESULTS / "curves.png")
 
 

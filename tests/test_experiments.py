@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import ppo_sweep, reproduce
+from experiments import ppo_sweep, reproduce, speed
 
 README = (ROOT / "README.md").read_text()
 
@@ -134,6 +134,27 @@ def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == README
 
 
+@pytest.mark.parametrize("cell", ["sft", "hinted + idft", "dpo", "grpo", "prefix_rft"])
+def test_a_script_and_the_readme_promise_what_was_measured(cell):
+    """pass@1 of the base and of the cell that the script runs with no argument."""
+    rows = json.loads((reproduce.RESULTS / "results.json").read_text())["rows"]
+    promised(
+        reproduce.CELLS[cell].split()[0], "pass@1", [f"{rows[x]['pass@1'][0]:.2f}" for x in ("base", cell)]
+    )
+
+
+def test_ppo_and_the_readme_promise_what_was_measured():
+    rows = json.loads((ppo_sweep.RESULTS / "ppo_sweep.json").read_text())
+    gain = [f"{rows[x]['utility'][0]:.1f}" for x in ("best of 1", "ppo, 0.2")]
+    promised("rlhf_ppo.py", "utility", gain)
+
+
+def promised(file, number, gain):
+    assert f"tiny world, 2 cores, minutes: {number} {' -> '.join(gain)}\n" in (ROOT / file).read_text()
+    row = next(line for line in README.splitlines() if line.startswith(f"| [`{file}`]"))
+    assert " → ".join(gain) in row
+
+
 def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
     before = [(ppo_sweep.RESULTS / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")]
     (tmp_path / "ppo").symlink_to(ppo_sweep.RESULTS / "ppo")
@@ -144,3 +165,8 @@ def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
     assert [(tmp_path / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")] == before
     assert (tmp_path / "README.md").read_text() == README
     assert (tmp_path / "ppo_sweep.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_speeds_that_were_measured():
+    records = json.loads((ROOT / "experiments/results/speed.json").read_text())
+    assert "<!-- speed -->\n" + "\n".join(speed.table(records)) + "\n<!-- /speed -->" in README
