@@ -37,6 +37,7 @@ BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
 CELLS = {f"ppo, {beta}": f"rlhf_ppo.py --reward-model {{0}}/reward_model --kl-coef {beta}" for beta in BETAS}
 CELLS |= {"dpo": "dpo.py --pairs {0}/preferences.jsonl", "best of n": ""}
 COMPARED = [("ppo, 0.2", "best of 1"), ("dpo", "best of 1"), ("ppo, 0.2", "dpo"), ("ppo, 0.2", "best of 4")]
+COMPARED += [("best of 32", "best of 4"), ("ppo, 0.0", "best of 1")]
 COMPARED += [(f"ppo, {low}", f"ppo, {high}") for low, high in zip(BETAS, BETAS[1:])]
 RESULTS = ROOT / "experiments/results"
 
