@@ -215,21 +215,30 @@ def settings(args):
     return {k: v for k, v in args.items() if k not in apart}
 
 
-def run(cell, seed, runs):
-    """One cell and its measurement, each a process; the screen goes to <folder>.log."""
-    out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
-    if result.exists():
-        return
-    stages = CELLS[cell].split(" && ")  # each begins with the model that the one before has left
+QUICK = "--eval-questions 1 --eval-samples 0"  # `measure` asks every final model the same
+
+
+def train(cell, seed, out, more=QUICK):
+    """The folders of a cell's runs, each on the model that the one before has left; `more` for the last."""
+    stages = CELLS[cell].split(" && ")
     folders = [Path(f"{out}-stage{i}") for i in range(1, len(stages))] + [out]
     for command, folder, before in zip(stages, folders, [None, *folders]):
         if not (folder / "final").exists():
-            flags = f"--seed {seed} --output-dir {folder} --eval-questions 1 --eval-samples 0"
+            flags = f"--seed {seed} --output-dir {folder} {more if folder == out else QUICK}"
             flags += f" --model {before}/final" if before else ""
             flags += " --resume" * bool(tok.checkpoints(folder))
             seconds = process(f"{out}.log", sys.executable, *command.split(), *flags.split())
             if "--resume" not in flags:  # else this is a part of them only
                 (folder / "seconds.json").write_text(json.dumps(seconds))
+    return folders
+
+
+def run(cell, seed, runs):
+    """One cell and its measurement, each a process; the screen goes to <folder>.log."""
+    out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
+    if result.exists():
+        return
+    folders = train(cell, seed, out)
     if not (out / "measured.json").exists():
         many = ["--many"] * (cell in MANY)
         process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"), *many)

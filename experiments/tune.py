@@ -1,0 +1,76 @@
+"""Learning rates with equal effort: every method at three of them, on questions that no other table uses.
+
+    python experiments/tune.py                       # two runs at a time, one thread each
+    python experiments/tune.py --report --write      # run nothing: what has been run, into the README
+
+Fixed before the runs: one seed, the rates x / 3, x and 3 x around what the scripts began with; the last 200
+questions of the held-out split (`reproduce.py` asks the first 300), 8 samples each at temperature 1; the rate
+with the highest pass@1 is the one of `reproduce.py`'s cells. A row that is not here has the rate of the one
+that it is a variant of. What came out is experiments/results/tuning.json.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from experiments.reproduce import flags, insert, name_of, train  # noqa: E402
+
+SEED, QUESTIONS = 7, 200
+AROUND = {"grpo": 2e-4, "prefix_rft": 2e-4, "luffy": 2e-4, "rl + sft loss": 2e-4, "sft, then grpo": 2e-4}
+AROUND |= {"sft": 3e-4, "dft": 3e-4, "idft": 3e-4, "hinted + idft": 3e-4}
+AROUND |= {"rft, k = 4, base": 1e-4, "dpo": 3e-5, "simpo": 3e-5}
+FACTORS = {"x": 1, "3 x": 3, "x / 3": 1 / 3}
+RECORDS = ROOT / "experiments/results/tuning.json"
+
+
+def rate_of(cell, factor):
+    return float(f"{AROUND[cell] * FACTORS[factor]:.1e}")
+
+
+def run(cell, factor, runs):
+    """pass@1 of a method at a learning rate; nothing is run if it is known."""
+    out = runs / f"{name_of(cell, SEED)}-{rate_of(cell, factor)}"
+    asked = f"--eval-data {runs / 'questions.jsonl'} --eval-questions {QUESTIONS} --eval-samples 8"
+    train(cell, SEED, out, f"{asked} --lr {rate_of(cell, factor)}")
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    print(f"{cell}, {rate_of(cell, factor)}: {last['pass@1']:.3f}", flush=True)
+    return last["pass@1"]
+
+
+def best(records, cell):
+    """The rate that the cells of a method run with."""
+    return rate_of(cell, max(records[cell], key=records[cell].get))
+
+
+def table(records):
+    text = ["| | x | pass@1 at x / 3 | at x | at 3 x | taken |", "|---" * 6 + "|"]
+    for cell, found in records.items():
+        line = [f"{found[factor]:.3f}" if factor in found else "" for factor in ("x / 3", "x", "3 x")]
+        text.append("| " + " | ".join([cell, f"{AROUND[cell]:g}", *line, f"{best(records, cell):g}"]) + " |")
+    return text
+
+
+def main():
+    args = flags(__doc__, AROUND, ROOT / "runs/tune").parse_args()
+    records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+    if not args.report:
+        args.runs.mkdir(parents=True, exist_ok=True)
+        rows = (ROOT / "tiny/data/test.jsonl").read_text().splitlines(keepends=True)
+        (args.runs / "questions.jsonl").write_text("".join(rows[-QUESTIONS:]))
+        todo = [(c, f) for f in FACTORS for c in args.cells if f not in records.get(c, {})]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(partial(run, runs=args.runs), *cell) for cell in todo]
+            for (cell, factor), job in zip(todo, jobs):
+                records.setdefault(cell, {})[factor] = round(job.result(), 4)
+                RECORDS.write_text(json.dumps(records, indent=1) + "\n")
+    print("\n".join(table(records)))
+    if args.write:
+        insert("tuning", table(records))
+
+
+if __name__ == "__main__":
+    main()
