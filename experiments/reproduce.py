@@ -67,7 +67,7 @@ CELLS = {
     "prefix_rft, bottom 20 %": "prefix_rft.py --prefix-loss bottom",
     "prefix_rft, uniform": "prefix_rft.py --prefix-schedule uniform",
     "luffy": f"{FULL} --prefix-weight luffy",
-    "rl + sft loss": f"{FULL} --prefix-weight sft",
+    "rl + sft loss": f"{FULL} --prefix-weight sft --lr 6e-4",
     "prefix_rft, 10 % demonstrated": "prefix_rft.py --demo-fraction 0.1",
     "prefix_rft, 1 % demonstrated": "prefix_rft.py --demo-fraction 0.01",
     "sft, noisy demonstrations": f"sft.py {NOISY}",
@@ -525,11 +525,12 @@ def insert(name, lines):
     README.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 
-def flags(doc, cells, runs):
+def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
     """A parser with what the experiments of many cells have in common."""
     add = (parser := argparse.ArgumentParser(description=doc.splitlines()[0])).add_argument
     add("--cells", nargs="+", choices=list(cells), default=list(cells), help="which rows")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="which seeds")
+    if seeds:
+        add("--seeds", nargs="+", type=int, default=seeds, help="which seeds")
     add("--runs", type=Path, default=runs, help="where the cells are")
     add("--jobs", type=int, default=2, help="cells at a time, one thread each")
     add("--report", action="store_true", help="run nothing, report")

@@ -55,7 +55,7 @@ def table(records):
 
 
 def main():
-    args = flags(__doc__, AROUND, ROOT / "runs/tune").parse_args()
+    args = flags(__doc__, AROUND, ROOT / "runs/tune", seeds=()).parse_args()
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
     if not args.report:
         args.runs.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import ppo_sweep, reproduce, speed
+from experiments import ppo_sweep, reproduce, speed, tune
 
 README = (ROOT / "README.md").read_text()
 
@@ -170,3 +170,12 @@ def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
 def test_the_readme_has_the_speeds_that_were_measured():
     records = json.loads((ROOT / "experiments/results/speed.json").read_text())
     assert "<!-- speed -->\n" + "\n".join(speed.table(records)) + "\n<!-- /speed -->" in README
+
+
+def test_a_method_runs_at_the_rate_that_was_best():
+    records = json.loads(tune.RECORDS.read_text())
+    assert "<!-- tuning -->\n" + "\n".join(tune.table(records)) + "\n<!-- /tuning -->" in README
+    for cell in records:
+        script, *flags = reproduce.CELLS[cell].split(" && ")[-1].split()
+        runs_at = importlib.import_module(script.removesuffix(".py")).parse_args(flags).lr
+        assert runs_at == tune.best(records, cell)
