@@ -4,7 +4,7 @@ Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., Dr. GRPO, 2503.20783; Y
 Sample G completions y_i of a question x, let a verifier say R_i = 1 or 0, and make what did better than
 its group more likely, as far as a trust region around the sampling policy pi_old allows:
 
-    L = - 1/Z sum_i sum_t min( r_it A_i , clip(r_it, 1 - eps_low, 1 + eps_high) A_i ) - beta k3_it
+    L = - 1/Z sum_i sum_t [ min( r_it A_i , clip(r_it, 1 - eps_low, 1 + eps_high) A_i ) - beta k3_it ]
     r_it = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)        A_i = R_i - mean(R)   [ / std(R) ]
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi:

@@ -184,7 +184,7 @@ def all_values(scorer, tokens, response_mask, args):
 
 # ---- the method ------------------------------------------------------------------------------------------
 def utility(tokenizer, text, gold):
-    """What the simulated annotator likes (tiny/README.md): right, with working, boxed, not long."""
+    """What the simulated annotator likes (tiny/preferences/README.md): right, with working, boxed, short."""
     working = "".join(c if c.isdecimal() else " " for c in text.split("\\boxed")[0]).split()  # numbers
     extra = max(0, len(tokenizer.encode(text, add_special_tokens=False)) - 48)  # tokens
     return 2 * math_reward([text], [gold])[0] + (len(working) > 1) + ("\\boxed" in text) / 2 - extra / 50

@@ -785,7 +785,8 @@ def log(out, metrics, samples=()):
     """A step's line in metrics.jsonl, a few of its responses in samples.jsonl, the main numbers on screen."""
     if ranks()[0]:
         return dist.barrier()  # what the first rank writes, others may read
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes or KiB
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
     samples = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
     for name, lines in zip(LOGS, ([metrics], samples)):

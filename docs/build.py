@@ -12,23 +12,17 @@ import functools
 import re
 import shutil
 import sys
+import tomllib
 from html import escape
 from pathlib import Path
 
 from pygments.lexers import PythonLexer
 from pygments.token import Token
 
-try:
-    import tomllib
-except ImportError:  # Python 3.10; pytest brings this one
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [("sft", "rft_rejection"), ("sft", "idft_hinted"), ("sft", "dpo"), ("grpo", "prefix_rft")]
 PAIRS += [("grpo", "rlhf_ppo")]
-PAIRS = [pair for pair in PAIRS if (ROOT / f"{pair[1]}.py").exists()]
 SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "rlhf_ppo"]
-SCRIPTS = [name for name in SCRIPTS if (ROOT / f"{name}.py").exists()]
 COMMON = ["common/tokenization", "common/logprob", "common/verifier"]
 COLOURS = [
     (Token.Comment, "c"),
@@ -392,7 +386,7 @@ def index_page():
         out.append(f"<li>Experiment: {prose(x['experiment'])}<ul>{commands}</ul></li>")
         out.append(f"<li>Exercise: {prose(x['exercise'])} <code>{escape(x['practice'])}</code></li></ul>")
     out.append("<h2>Parent beside child</h2><ul>")
-    out += [f"<li>{reference(f'{a}→{b}')}: {len(hunks(a, b))} hunks</li>" for a, b in pairs_with_words()]
+    out += [f"<li>{reference(f'{a}→{b}')}: {len(hunks(a, b))} hunks</li>" for a, b in PAIRS]
     out.append("</ul><h2>Scripts, with the equation beside the line</h2><ul>")
     first = {name: source(name)[0].strip('"') for name in SCRIPTS + COMMON}
     out += [f"<li>{reference(name)}: {escape(first[name])}</li>" for name in first]
@@ -421,14 +415,10 @@ def page(title, body):
 """
 
 
-def pairs_with_words():
-    return [pair for pair in PAIRS if "→".join(pair) in words("docs/hunks.toml")]
-
-
 def build(out):
     """Writes all pages into a folder and returns {file name: HTML}."""
     pages = {"index.html": index_page(), "zoo.html": zoo_page()}
-    pages |= {f"{a}-{b}.html": pair_page(a, b) for a, b in pairs_with_words()}
+    pages |= {f"{a}-{b}.html": pair_page(a, b) for a, b in PAIRS}
     pages |= {page_of(name): script_page(name) for name in SCRIPTS + COMMON}
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "docs/style.css", out)

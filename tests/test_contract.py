@@ -47,8 +47,7 @@ LONGEST_FUNCTION, LONGEST_MAIN, WIDTH = 60, 110, 110
 
 
 def source(name):
-    path = ROOT / f"{name}.py"
-    return path.read_text() if path.exists() else pytest.skip(f"{name}.py is not written yet")
+    return (ROOT / f"{name}.py").read_text()
 
 
 def comments(text):
@@ -110,6 +109,8 @@ def test_a_script_imports_torch_transformers_and_common_and_no_script(name):
             assert {alias.name.split(".")[0] for alias in node.names} <= known
         if isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in known
+    lines = [re.findall(r"^(?:import|from) .+", source(x), re.M) for x in (name, "sft")]
+    assert [x for x in lines[0] if x != "import re"] == lines[1]
 
 
 # ---- two scripts -----------------------------------------------------------------------------------------
@@ -170,9 +171,7 @@ def written_keys(text):
 
 def glossary():
     """Names in the first column of README's table `| metric | meaning |`."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else pytest.skip("README.md is not written yet")
-    _, header, table = text.partition("| metric | meaning |\n")
+    _, header, table = (ROOT / "README.md").read_text().partition("| metric | meaning |\n")
     assert header, "README.md has no table with the header | metric | meaning |"
     rows = re.match(r"(?:\|.*\n?)+", table)[0].splitlines()[1:]
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}

@@ -33,7 +33,7 @@ def pair(chosen, rejected, lengths):
 # -- the loss ---------------------------------------------------------------------------------------------
 
 
-def test_dpo_values_of_the_digest():
+def test_dpo_values_of_worked_examples():
     logp, mask = pair(-20.0, -30.0, (10, 20))
     loss, reward = dpo.dpo_loss(logp, torch.tensor([-22.0, -28.0]), mask, 1, settings())
     assert loss.item() == pytest.approx(0.513015, abs=1e-5)
@@ -45,7 +45,7 @@ def test_dpo_values_of_the_digest():
     assert weight[mask == 0].abs().max() == 0
 
 
-def test_simpo_values_of_the_digest():
+def test_simpo_values_of_worked_examples():
     logp, mask = pair(-20.0, -30.0, (10, 20))
     loss, reward = dpo.dpo_loss(logp, torch.tensor([5.0, 9.0]), mask, 1, settings(loss="simpo"))
     assert loss.item() == pytest.approx(2.126928, abs=1e-5)

@@ -30,7 +30,7 @@ VECTORS = [  # logits, y; then phi, and weight and loss of SFT, DFT, IDFT, EAFT
 
 
 @pytest.mark.parametrize("logits, y, phi, as_sft, as_dft, as_idft, as_eaft", VECTORS)
-def test_values_of_the_digest(logits, y, phi, as_sft, as_dft, as_idft, as_eaft):
+def test_values_of_worked_examples(logits, y, phi, as_sft, as_dft, as_idft, as_eaft):
     all_logp = torch.tensor(logits).double().log_softmax(-1)
     entropy = -(all_logp.exp() * all_logp).sum().view(1, 1)
     assert (all_logp[y] + entropy).item() == pytest.approx(phi, abs=1e-5)
@@ -104,7 +104,7 @@ def test_phi_has_mean_zero_on_own_samples_and_only_there(tiny):
 # -- hinted decoding --------------------------------------------------------------------------------------
 
 
-def test_mixture_of_the_digest():
+def test_mixture_of_a_worked_example():
     log_p, log_q = (torch.tensor([x]).float().log_softmax(-1) for x in ([4, 0, 0, 0], [0, 2, 0, 0]))
     m = idft.mixture(log_p, log_q, 3.0).softmax(-1)[0]
     assert m.tolist() == pytest.approx([0.5258, 0.2885, 0.0929, 0.0929], abs=5e-5)

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,16 +58,10 @@ def step(small, tmp_path, monkeypatch):
     return go
 
 
-def load(name):
-    if not (ROOT / f"{name}.py").exists():
-        pytest.skip(f"there is no {name}.py")
-    return importlib.import_module(name)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_step_makes_no_tokens_by_vocabulary_tensor(name, step):
     """What is V wide: the head and its gradient, D = 128 rows, and a sampled token of 64 or 2 x 64 rows."""
-    most = step(load(name))
+    most = step(importlib.import_module(name))
     assert most[V] == 128, f"{most[V]} rows of {V} words"
     assert most[CHUNK] > 2 * 128  # the tokens that went through the kernel at once
 
@@ -76,7 +69,7 @@ def test_a_training_step_makes_no_tokens_by_vocabulary_tensor(name, step):
 @pytest.mark.parametrize("name", ["sft"])
 def test_a_script_that_makes_its_logits_is_seen(name, step, monkeypatch):
     """The same step with the plain form instead of the kernel: the record has them."""
-    script = load(name)
+    script = importlib.import_module(name)
 
     def plain(hidden, weight, targets, temperature=1.0):
         logp = (hidden @ weight.T / temperature).log_softmax(-1)

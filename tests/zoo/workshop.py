@@ -7,14 +7,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10; pytest brings this one
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = tomllib.loads((Path(__file__).parent / "bugs.toml").read_text())
