@@ -17,7 +17,8 @@ With --hinted off --weight sft it is sft.py, bit by bit.
 
     python idft_hinted.py                                # tiny world, 2 cores, minutes: pass@1 0.26 -> 0.73
     python idft_hinted.py --hinted off --weight dft      # DFT on the demonstrations as they are
-    python idft_hinted.py --model Qwen/Qwen2.5-7B-Instruct --data DIR --dtype bf16 --lr 6e-5 --beta 3
+    python idft_hinted.py --model Qwen/Qwen2.5-1.5B-Instruct --data DIR --dtype bf16 --lr 6e-5 --beta 3
+    # and the lengths of your data, such as --max-new-tokens 2048 --max-demo-tokens 2048
 """
 
 import argparse
@@ -26,7 +27,6 @@ from math import cos, pi
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
@@ -83,18 +83,19 @@ def parse_args(argv=None):
 
 # ---- sampling --------------------------------------------------------------------------------------------
 @torch.no_grad()
-def sample(model, tokenizer, prompts, temperature, args):
+def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps, dice = torch.zeros(len(prompts), args.max_new_tokens), tok.dice(model.device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-    for rows in tok.share(order, args.sample_rows):
+    room = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # spent: response in the prompt
+    order = sorted((room > 0).nonzero()[:, 0].tolist(), key=lambda i: len(prompts[i]))  # shortest first
+    for rows in tok.share(order, args.sample_rows, list(map(len, prompts))):
         distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
         copies = [distinct.index(tuple(prompts[i])) for i in rows]
         token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
         position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
-        cache = DynamicCache(config=model.config)
+        cache = tok.Cache(config=model.config)
         for t in range(args.max_new_tokens):
             inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
             logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
@@ -104,16 +105,16 @@ def sample(model, tokenizer, prompts, temperature, args):
             logp = (logits / (temperature or 1.0)).log_softmax(-1)  # no top-p: exactly what `logprobs` scores
             token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
             ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            alive = alive & ~torch.isin(token[:, 0], stops)
+            alive = alive & ~torch.isin(token[:, 0], stops) & (room[rows] > t + 1).to(model.device)
             if not (left := alive.sum()):
                 break
             if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
                 cache.batch_select_indices(keep := alive.nonzero()[:, 0])
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]
-            mask, position = F.pad(mask, (0, 1), value=1), position + 1  # the new token is seen by the next
+            mask, position = F.pad(mask, (0, 1), value=1), position + alive[:, None]  # finished rows stay
     ids, logps = tok.reduce(ids, "MAX"), tok.reduce(logps)  # every rank has all responses
-    ids = [tok.cut(x[x >= 0].tolist(), stops.tolist(), args.max_new_tokens) for x in ids]
+    ids = [tok.cut(x[x >= 0].tolist(), stops.tolist(), n) for x, n in zip(ids, room.tolist())]
     return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
 
 
@@ -130,9 +131,9 @@ def rewrite(model, tokenizer, hinted, student, args):
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     ids = torch.full((len(hinted), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     dice = tok.dice(model.device)
-    for rows in tok.share(range(len(hinted)), args.sample_rows):
+    for rows in tok.share(range(len(hinted)), args.sample_rows, list(map(len, hinted))):
         token, mask = tok.pad([x[i] for x in (hinted, student) for i in rows], "left", model.device)
-        position, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.config)
+        position, cache = (mask.cumsum(1) - 1).clamp(min=0), tok.Cache(config=model.config)
         boxed = torch.zeros(len(rows), 1, dtype=torch.bool, device=model.device)  # has the answer begun?
         for t in range(args.max_new_tokens):
             inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
@@ -187,12 +188,14 @@ def own_words(model, tokenizer, rows, args):
     xs, ys, golds = (list(rows[key]) for key in (args.question_key, args.solution_key, "gold"))
     hints = [args.hint_template.replace("{solution}", y).replace("{question}", x) for x, y in zip(xs, ys)]
     prompts, hints = (tok.encode_prompts(tokenizer, x, args.prompt_template) for x in (xs, hints))
-    demos, every, found = [tok.encode_response(tokenizer, y) for y in ys], range(len(ys)), []
+    tok.fits(model, max(map(len, hints)) + args.max_new_tokens)  # said now, not after all has been sampled
+    demos = [tok.encode_response(tokenizer, y)[: args.max_demo_tokens] for y in ys]
     own, _ = sample(model, tokenizer, prompts, args.temperature, args)
     lost = [i for i, r in enumerate(math_reward(tok.decode_responses(tokenizer, own), golds)) if not r]
     new = rewrite(model, tokenizer, [hints[i] for i in lost], [prompts[i] for i in lost], args)
-    metrics = {"step": 0, "tokens_generated": sum(map(len, own + new))}
-    for kind, of, ids in (("demo", every, demos), ("own", every, own), ("hinted", lost, new)):
+    metrics, found, each = {"step": 0, "tokens_generated": sum(map(len, own + new))}, [], range(len(ys))
+    # nothing is rewritten where every own answer is right
+    for kind, of, ids in (("demo", each, demos), ("own", each, own), ("hinted", lost, new))[: 2 + bool(lost)]:
         texts = tok.decode_responses(tokenizer, ids)
         right = torch.tensor(math_reward(texts, [golds[i] for i in of])) > 0  # [N]
         phi = centered(model, [prompts[i] for i in of], ids, args) / torch.tensor([len(y) for y in ids])
@@ -231,10 +234,11 @@ def self_check(model, tokenizer, rows, args):
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)
     ratio = (score(model, tokens, mask, args)[0].cpu() - tok.align(sampled_logp, mask.cpu())).exp()
-    gap, limit = (ratio - 1).abs().max().item(), 1e-4 if args.dtype == "fp32" else 0.5  # bf16 has 3 digits
-    print(f"self-check: max |ratio - 1| = {gap:.0e} on {mask.sum()} sampled tokens; [trained] in this one:")
+    gap, limit = (ratio - 1).abs(), 1e-4 if args.dtype == "fp32" else 0.05  # bf16 has 3 digits
+    print(f"self-check: max |ratio - 1| = {gap.max():.0e} on {mask.sum()} sampled tokens; [trained] in one:")
     print(f"  {tokenizer.decode(prompts[0])}[{tokenizer.decode(responses[0])}]")
-    tok.demand(gap < limit, f"--model {args.model}: cannot be scored; has its head a bias or a soft cap?")
+    # the mean: of many thousand tokens one may be far off by rounding alone
+    tok.demand(gap.sum() < limit * mask.sum().cpu(), f"--model {args.model}: cannot be scored as it samples.")
 
 
 # ---- training --------------------------------------------------------------------------------------------

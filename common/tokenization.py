@@ -31,7 +31,13 @@ from datasets import get_dataset_split_names, load_dataset
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
@@ -183,11 +189,18 @@ def dice(device):
     return torch.Generator(device).manual_seed(torch.randint(2**60, ()).item() + ranks()[0])
 
 
-def share(rows, size):
-    """This rank's contiguous part of the row numbers `rows`, in tensors of at most `size`."""
-    rank, n = ranks()
-    part = torch.tensor(rows, dtype=torch.int64).tensor_split(n)[rank]
-    return part.split(size) if len(part) else ()
+def share(rows, size, lengths):
+    """This rank's part of the row numbers `rows`, every n-th, in tensors of at most `size`.
+
+    `rows` come shortest first, and what is padded together has like `lengths`: beside a demonstration of
+    thousands of tokens a short prompt would take as much of the KV cache.
+    """
+    (rank, n), parts = ranks(), []
+    for i in rows[rank::n]:
+        if not parts or len(parts[-1]) == size or lengths[i] > 2 * lengths[parts[-1][0]] + 256:
+            parts.append([])
+        parts[-1].append(i)
+    return [torch.tensor(part) for part in parts]
 
 
 def reduce(x, how="SUM"):
@@ -224,6 +237,23 @@ def adamw(parameters, **settings):
     if ranks()[1] > 1:
         return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
     return torch.optim.AdamW(parameters, **settings)
+
+
+# ---- the cache of a sampler ------------------------------------------------------------------------------
+
+
+class Cache(DynamicCache):
+    """transformers' keys and values, in the dtype of activations: autocast would have them in fp32.
+
+    RoPE's cosines are fp32 where the weights are, so bf16 keys come out of it as fp32; the cache would take
+    twice the memory and be cast to bf16 again for every token that is sampled.
+    """
+
+    def update(self, keys, values, *args, **kwargs):
+        kind = keys.device.type
+        if torch.is_autocast_enabled(kind):
+            keys, values = (x.to(torch.get_autocast_dtype(kind)) for x in (keys, values))
+        return super().update(keys, values, *args, **kwargs)
 
 
 # ---- values of tokens ------------------------------------------------------------------------------------
@@ -533,7 +563,11 @@ def placed(model, recompute):
 def check_positions(model, tokens, inputs):
     """What `check_lengths` cannot know before a run, such as pairs or a hint: the model has the positions."""
     at = inputs.get("position_ids")
-    need = (tokens or [inputs["input_ids"]])[0].shape[1] if at is None else 1 + int(at.max())
+    fits(model, (tokens or [inputs["input_ids"]])[0].shape[1] if at is None else 1 + int(at.max()))
+
+
+def fits(model, need):
+    """Demand that the model has positions for so many tokens."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     many = f"--model {model.config.name_or_path}: {need} tokens of prompt and response exceed its {most}"
     demand(need <= most, f"{many} positions; lower --max-new-tokens or remove long rows.")
@@ -567,6 +601,16 @@ def load_scorer(source, tokenizer, args, new_head=False):
 def head(scorer):
     """Its linear layer from a hidden state to a number; it comes last, whatever an architecture calls it."""
     return list(scorer.children())[-1]
+
+
+def read_scores(scorer, hidden):
+    """The number at each position, [B, T], of hidden states [B, T, D]; fp32 whatever autocast does.
+
+    In bf16 values between 2 and 4 are 1/64 apart: differences of neighbours, which GAE adds up, would be
+    rounding errors.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(scorer)(hidden.float())[..., 0]
 
 
 def check_model(model, tokenizer, missing, name):

@@ -48,7 +48,7 @@ def curves(p):
 
     def luffy(logp, entropy):
         args = prefix_rft.parse_args(["--prefix-weight", "luffy", "--prefix-loss", "all"])
-        A = prefix_rft.prefix_weight(mask.double(), logp.detach(), entropy.detach(), mask, args)
+        A = prefix_rft.prefix_weight(mask.double(), logp.detach(), entropy.detach(), mask, mask, args)
         return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, mask, 1, args)[0]
 
     def clipped(logp, entropy):

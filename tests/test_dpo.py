@@ -183,10 +183,15 @@ def test_kl_from_the_start(tiny):
             p.mul_(1.3)
         first = [m(torch.tensor(prompts)).logits[0, -1].double().log_softmax(-1) for m in (model, other)]
     words = range(len(first[0]))
-    start = prompts * len(words), [[i] for i in words], [[first[0][i].item()] for i in words]
-    assert abs(dpo.kl_from_start(model, *start, args)) < 1e-6
+
+    def kl(m, some):  # of responses of one token each, with the start's log-probs on their grid
+        _, mask = tok.join(prompts * len(some), [[i] for i in some])
+        start = tok.align([[first[0][i].item()] for i in some], mask)
+        return dpo.kl_from_start(m, prompts * len(some), [[i] for i in some], start, args).item()
+
+    assert abs(kl(model, words)) < 1e-6
     # by enumeration: the mean of k3 under the start's own distribution is the KL
-    each = [dpo.kl_from_start(other, prompts, [[i]], [[first[0][i].item()]], args).item() for i in words]
+    each = [kl(other, [i]) for i in words]
     exact = (first[0].exp() * (first[0] - first[1])).sum().item()
     assert exact > 1e-3
     assert (first[0].exp() * torch.tensor(each)).sum().item() == pytest.approx(exact, rel=1e-3)

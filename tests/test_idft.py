@@ -282,6 +282,16 @@ def test_own_words(tiny, monkeypatch):
     )
 
 
+def test_own_words_where_every_answer_is_right(tiny, monkeypatch):
+    """Nothing is rewritten and nothing is said of rewrites."""
+    right = lambda *_: ([tok.encode_response(tiny[1], f"\\boxed{{{x}}}") for x in "12"], None)  # noqa: E731
+    monkeypatch.setattr(idft, "sample", right)
+    rows = {"question": list("ab"), "solution": ["\\boxed{1}"] * 2, "gold": list("12")}
+    metrics, found = idft.own_words(*tiny, rows, idft.parse_args(["--max-new-tokens", "24"]))
+    assert metrics["verified_own"] == 1 and "verified_hinted" not in metrics
+    assert [s["kind"] for s in found if s["kept"]] == ["own", "own"]
+
+
 def test_the_hint_template_is_what_the_tiny_model_was_taught():
     assert idft.parse_args([]).hint_template == HINT
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import common.tokenization as tok
 import grpo
 import prefix_rft
 import sft
@@ -300,7 +301,7 @@ def kept_tokens(n, loss="keep", share=0.2, seed=0):
     entropy, A = torch.rand(2, 60, generator=g), torch.full((2, 60), 2.0)
     entropy[prefix == 0] = 9  # own tokens are no candidates, however uncertain
     args = settings(prefix_loss=loss, prefix_entropy_keep=share)
-    out = prefix_rft.prefix_weight(A, -entropy, entropy, prefix, args)
+    out = prefix_rft.prefix_weight(A, -entropy, entropy, prefix, torch.ones(2, 60), args)
     assert (out[prefix == 0] == 2).all()  # what the policy wrote keeps its A
     assert set(out[prefix == 1].tolist()) <= {0.0, 2.0}
     return out[prefix == 1] == 2, entropy[prefix == 1]
@@ -325,11 +326,34 @@ def test_other_choices_of_prefix_tokens():
     assert 0.1 < often.min() and often.max() < 0.31
 
 
-@pytest.mark.parametrize("how, weight", [("ratio", 2.0), ("luffy", 2 * 0.1875), ("sft", 1.0)])
+@pytest.mark.parametrize("how, weight", [("ratio", 2.0), ("luffy", 2 * 0.1875)])
 def test_prefix_weight_at_p_0_3(how, weight):
     A, logp, prefix = torch.full((1, 2), 2.0), torch.full((1, 2), log(0.3)), torch.tensor([[1, 0]])
     args = settings(prefix_weight=how, prefix_loss="all")
-    close(prefix_rft.prefix_weight(A, logp, -logp, prefix, args), [[weight, 2.0]])
+    close(prefix_rft.prefix_weight(A, logp, -logp, prefix, torch.ones(1, 2), args), [[weight, 2.0]])
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_an_sft_loss_on_prefixes_is_their_mean_whatever_z_is(norm):
+    """weight / Z is 1 / n on each of the n prefix tokens: sft.py's loss, beside that of the own tokens."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(prefix_weight="sft", prefix_loss="all")
+    args.loss_norm = norm
+    A, logp = torch.full((3, 4), 0.25), torch.full((3, 4), -0.5)
+    weight = prefix_rft.prefix_weight(A, logp, -logp, prefix, mask, args)
+    inv_z = prefix_rft.inverse_z(mask, norm, args.max_new_tokens)
+    close((weight * inv_z)[prefix == 1], [1 / 6] * 6)
+    assert (weight[prefix == 0] == 0.25).all()
+
+
+def test_a_dead_group_is_all_right_or_all_wrong_however_long(tiny, monkeypatch):
+    """DAPO samples until 0 < right < G: what the length penalty tells apart is no reason to keep a group."""
+    texts = iter([["1 \\boxed{1}", "1 1 1 1 1 1 \\boxed{1}"]])
+    ids = lambda *_: ([tok.encode_response(tiny[1], x) for x in next(texts)], None)  # noqa: E731
+    monkeypatch.setattr(grpo, "sample", ids)
+    args = grpo.parse_args("--group-size 2 --overlong-tokens 20 --max-new-tokens 24".split())
+    [group] = grpo.rollout(*tiny, [{"question": "a", "gold": "1"}], args)
+    assert [c["right"] for c in group] == [1, 1] and group[0]["reward"] > group[1]["reward"]
 
 
 # ---- the soft penalty on long responses ------------------------------------------------------------------

@@ -367,17 +367,28 @@ def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(out / "final").parameters())
 
 
-@pytest.mark.parametrize("name", ["prefix_rft", "idft_hinted", "dpo"])
+def test_a_prefix_is_a_part_of_the_budget(pad_is_eos, run, tmp_path):
+    """The hybrid needs no more positions than the others of its group: 128 hold the prompt and the budget."""
+    folder = shutil.copytree(pad_is_eos, tmp_path / "model")
+    gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    more = ["--model", folder, "--max-new-tokens", 85, "--eval-samples", 1, "--steps", 2]
+    for schedule in ("cosine", "full"):
+        out = run("prefix_rft", tmp_path / schedule, *more, "--prefix-schedule", schedule)
+        lines = read_jsonl(out / "metrics.jsonl")[1:]
+        assert all(0 < line["prefix_frac"] < 1 for line in lines)
+        assert all(line["response_len"] <= 85 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["idft_hinted", "dpo"])
 def test_more_tokens_than_positions_are_refused_where_only_the_run_can_tell(
     name, pad_is_eos, small, tmp_path, capsys
 ):
-    """A prefix before the budget, a hint beside the question, pairs of others; 128 positions."""
+    """A hint beside the question, pairs of others; 128 positions."""
     folder = shutil.copytree(pad_is_eos, tmp_path / "model")
     gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
     pair = {"prompt": "1 + 1?", "chosen": "2 " * 600, "rejected": "3"}
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair, pair | {"prompt": "1 + 2?"}])
     more = {
-        "prefix_rft": ["--max-new-tokens", 85, "--eval-samples", 1],
         "idft_hinted": ["--hint-template", "{question} {solution}" + " please" * 200],
         "dpo": ["--pairs", pairs],
     }[name]

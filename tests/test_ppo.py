@@ -67,6 +67,25 @@ def test_scores_of_a_padded_batch_are_those_of_each_response_alone(tiny, scorer)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_values_are_fp32_under_autocast(tiny, scorer):
+    """bf16 has steps of 1/64 from 2 to 4, and GAE adds differences up."""
+    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    tokens, _ = tok.join(*zip(*ROWS))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        value = ppo.values(model, tokens)
+    assert value.dtype == torch.float32 and (value.bfloat16().float() != value).any()
+
+
+def test_a_reward_model_learns_in_bf16(train, tmp_path, monkeypatch):
+    """Its loss falls as in fp32: autocast must not go on with the copies of the first weights."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
+    more = ["--preferences", pairs, "--stop-after", "reward", "--reward-epochs", 8, "--batch-size", 12]
+    losses, loss = [], ppo.pair_loss
+    monkeypatch.setattr(ppo, "pair_loss", lambda *x: losses.append(loss(*x)) or losses[-1])
+    train(tmp_path / "run", "--dtype", "bf16", *more, *QUICK)
+    assert losses[-1] < losses[0] / 3  # with the first weights' copies it ends at 0.6
+
+
 def test_the_value_before_the_first_token_is_that_of_the_prompt(tiny, scorer):
     model = tok.load_scorer(scorer, tiny[1], SETTINGS)
     tokens, mask = tok.join(*zip(*ROWS))

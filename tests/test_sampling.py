@@ -74,6 +74,40 @@ def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
     assert (scored[mask == 0] == 0).all()
 
 
+def test_what_a_prompt_has_of_a_response_is_taken_off_its_budget(tiny, monkeypatch):
+    """A row that has spent its budget is not sampled, and no row gets positions beyond prompt and budget."""
+    model, tokenizer = tiny
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS * 4)
+    spent = [0, 3, 10, 12, 7] * 4
+    starts = [x + [50] * n for x, n in zip(prompts, spent)]
+    most = max(map(len, prompts)) + 12
+    monkeypatch.setattr(model.config, "max_position_embeddings", most)
+    args = settings(max_new_tokens=12)
+    torch.manual_seed(0)
+    responses, logps = grpo.sample(model, tokenizer, starts, 50.0, args, spent)  # hot: hardly an EOS
+    lengths = list(map(len, responses))
+    assert all(n <= 12 - k for n, k in zip(lengths, spent)) and lengths == list(map(len, logps))
+    assert {n for n, k in zip(lengths, spent) if k == 12} == {0}
+    assert sum(n == 12 - k for n, k in zip(lengths, spent)) > 12
+
+
+def test_the_cache_has_the_dtype_of_activations(tiny, monkeypatch):
+    """Under autocast RoPE gives fp32 keys; the cache holds bf16, and samples are still what is scored."""
+    model, tokenizer = tiny
+    caches, make = [], tok.Cache
+    monkeypatch.setattr(tok, "Cache", lambda **more: caches.append(make(**more)) or caches[-1])
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS * 8)
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            responses, sampled = grpo.sample(model, tokenizer, prompts, 1.0, settings(max_new_tokens=16))
+            tokens, mask = tok.join(prompts, responses)
+            scored, _ = grpo.score(model, tokens, mask, settings())
+        assert {x.dtype for layer in caches.pop().layers for x in (layer.keys, layer.values)} == {dtype}
+        gap = ((scored - tok.align(sampled, mask)).exp() - 1).abs().sum() / mask.sum()
+        assert gap < (0.05 if enabled else 1e-5)
+
+
 def test_self_check_stops_a_run_whose_head_is_not_a_plain_product(tiny):
     """A head with a bias cannot be scored by `logprobs`: one sentence, before any training."""
     tokenizer, rows = tiny[1], {"question": QUESTIONS}

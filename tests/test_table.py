@@ -106,20 +106,23 @@ def test_weight_of_grpo(how, z):
 
 @pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])
 def test_weight_of_prefix_rft(how):
-    """A on the kept prefix tokens and on own tokens, 0 on the other prefix tokens, Z the same as without."""
+    """A on the kept prefix tokens and on own tokens, 0 on the other prefix tokens, Z the same as without.
+
+    An SFT loss has a Z of its own, the 4 prefix tokens, so its weight is 13 / 4.
+    """
     prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * torch.tensor([[1], [0], [0], [1]])  # 2 + 2 tokens
     entropy = torch.arange(24, dtype=torch.float64).view(4, 6)  # of the four, row 3 has the two largest
-    args = settings(prefix_weight=how, prefix_entropy_keep=0.5)
+    args = settings(prefix_weight=how, prefix_entropy_keep=0.5, loss_norm="token")
 
     def loss(logp, _):
-        A = prefix_rft.prefix_weight(TWO_A, logp.detach(), entropy, prefix, args)
+        A = prefix_rft.prefix_weight(TWO_A, logp.detach(), entropy, prefix, TWO_MASK, args)
         inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
         return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
 
     factor, logp = on_two_tokens(loss)
     p, kept = logp.exp(), torch.zeros(4, 6)
     kept[3, 1:3] = 1
-    own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": torch.ones_like(p)}[how]
+    own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": p * 0 + 13 / 4}[how]
     close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
 
 
