@@ -610,7 +610,7 @@ def read_scores(scorer, hidden):
     rounding errors.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(scorer)(hidden.float())[..., 0]
+        return head(scorer)(hidden.to(head(scorer).weight.dtype))[..., 0].float()
 
 
 def check_model(model, tokenizer, missing, name):
