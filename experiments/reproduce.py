@@ -92,7 +92,7 @@ def above(better, others, number="pass@1"):
 CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (better, worse, number)
     (
         "Prefix-RFT is above SFT, GRPO, SFT then RL, LUFFY, RL with an SFT loss (2507.01679)",
-        "51.8; 44.1, 45.5, 48.2, 50.1",
+        "51.8; 44.1, 45.5, 48.2, 50.1, 40.1",
         above(PREFIX, ["sft", "grpo", "sft, then grpo", "luffy", "rl + sft loss"]),
     ),
     (
@@ -107,13 +107,13 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
         + above(PREFIX, [f"{PREFIX}, bottom 20 %"]),
     ),
     (
-        "few demonstrations do: 10 % and 1 % of them are above GRPO",
+        "10 % or 1 % of the demonstrations suffice: above GRPO",
         "40.8, 37.6; 30.0",
         [(f"{PREFIX}, {share} % demonstrated", "grpo", "pass@1") for share in (10, 1)],
     ),
     (
-        "weak demonstrators do",
-        "39.8; 41.1 with strong ones",
+        "demonstrators that are often wrong suffice",
+        "39.8 weak, 41.1 strong",
         above(PREFIX + NOISED, [x + NOISED for x in ("sft", "idft", "luffy", "sft, then grpo")] + ["grpo"]),
     ),
     (
@@ -152,7 +152,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
     ),
     (
         "clip-higher, token mean, dynamic sampling and a soft length limit help (2503.14476)",
-        "30 to 50 together",
+        "AIME 30 to 50, together",
         above("dapo", ["grpo, as in DeepSeekMath"]),
     ),
     ("RL is above rejection sampling", "", above("grpo", ["rft, k = 16, base"])),
