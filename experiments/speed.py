@@ -38,9 +38,8 @@ def odd(completions, golds):
 
 
 # questions per step, group size, budget, demonstrations per step, padded tokens of our passes (TRL takes the
-# batch in one), steps of which the first is not counted, reward; questions to sample at once: the default of
-# --sample-rows, of the big model what a step samples by default
-SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward, 64), "135M": (4, 8, 128, 8, 512, 3, odd, 16)}
+# batch in one), steps of which the first is not counted, reward
+SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward), "135M": (4, 8, 128, 8, 512, 3, odd)}
 
 
 def big_model(folder):
@@ -88,7 +87,7 @@ UNITS = {"sampling": "sampling: tokens/s", "sft": "sft.py: s a step", "grpo": "g
 
 
 def ours(script, model, size, out):
-    questions, group, budget, demonstrations, micro, steps, grpo.math_reward, _ = size
+    questions, group, budget, demonstrations, micro, steps, grpo.math_reward = size
     meter, count = Meter(), tok.steps
 
     def watched(state, last):
@@ -114,7 +113,7 @@ def trl(kind, model, size, out):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    questions, group, budget, demonstrations, _, steps, judge, _ = size
+    questions, group, budget, demonstrations, _, steps, judge = size
     meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(model)
 
     class Watch(TrainerCallback):
@@ -150,19 +149,20 @@ def trl(kind, model, size, out):
 
 @torch.no_grad()
 def sampling(side, model, size):
-    """Sampled tokens per CPU second: 512 responses of the tiny model, 128 of the big one."""
-    _, group, budget, *_, questions = size
+    """Sampled tokens per CPU second: 512 responses of the tiny model, a step's 32 of the big one."""
+    questions, group, budget, *_ = size
     net, tokenizer = tok.load_model(model)
-    prompts = tok.encode_prompts(tokenizer, [r["question"] for r in rows_of(questions)]) * group
+    asked = rows_of(questions if size == SIZES["135M"] else 512 // group)
+    prompts = tok.encode_prompts(tokenizer, [r["question"] for r in asked]) * group
     stops, rates = tok.stop_ids(tokenizer, net.config), []
     args = grpo.parse_args(["--max-new-tokens", str(budget)])
-    for turn, asked in enumerate((prompts[:group], prompts, prompts)):  # the first is not counted
+    for turn in range(3):
         torch.manual_seed(turn)
         began = time.process_time()
         if side == "ours":
-            responses, _ = grpo.sample(net, tokenizer, asked, 1.0, args)
+            responses, _ = grpo.sample(net, tokenizer, prompts, 1.0, args)
         else:
-            tokens, mask = tok.pad(asked, side="left")
+            tokens, mask = tok.pad(prompts, side="left")
             plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=budget)
             ids = net.generate(tokens, attention_mask=mask, **plain, eos_token_id=stops, pad_token_id=1)
             responses = [tok.cut(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]

@@ -201,3 +201,12 @@ def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
         (str(folder),),
         {"path": str(folder), "split": "train"},
     ]
+
+
+def test_what_is_sampled_together_has_like_lengths():
+    """At most `size` rows, and none beside one that is less than half as long, but for 256 tokens."""
+    lengths = [10, 20, 266, 277, 800, 811, 5000]
+    parts = tok.share(range(7), 10, lengths)
+    assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4], [5], [6]]
+    assert [part.tolist() for part in tok.share([4, 1, 2], 2, [1] * 5)] == [[4, 1], [2]]
+    assert tok.share([], 2, []) == []
