@@ -273,7 +273,11 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
     monkeypatch.setattr(tok, "steps", watched)
     monkeypatch.setattr(script, "logprobs", faulty)
     more = ("--steps", 7, "--rounds", 1) if name == "rft_rejection" else ("--steps", 7, "--save-every", 0)
-    more += {"prefix_rft": ("--minibatches", 1), "rlhf_ppo": ("--epochs-per-batch", 1)}.get(name, ())
+    # groups of 8: some group of each step has to have a gradient
+    more += {
+        "prefix_rft": ("--minibatches", 1, "--group-size", 8),
+        "rlhf_ppo": ("--epochs-per-batch", 1),
+    }.get(name, ())
     with pytest.raises(SystemExit) as stop:
         script.main(script.parse_args(flags(name, out, *more)))
     [said] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
