@@ -80,8 +80,7 @@ COLORS = {"sft": "#7f7f7f", "dft": "#e08020", "eaft": "#9467bd", "idft": "#d6272
 COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl + sft loss": "#b8a000"}
 COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
-MANY = {"base", "sft", "grpo", "sft, then grpo", "luffy", "prefix_rft"}  # asked for pass@k of large k, too
-MANY_QUESTIONS, MANY_SAMPLES = 100, 64
+MANY_QUESTIONS, MANY_SAMPLES = 100, 64  # of the held-out ones and of the harder ones, for pass@k of large k
 PREFIX, NOISED = "prefix_rft", ", noisy demonstrations"
 
 
@@ -240,8 +239,7 @@ def run(cell, seed, runs):
         return
     folders = train(cell, seed, out)
     if not (out / "measured.json").exists():
-        many = ["--many"] * (cell in MANY)
-        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"), *many)
+        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"))
     lines = [json.loads(line) for folder in folders for line in open(folder / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
@@ -261,10 +259,10 @@ def run(cell, seed, runs):
 
 
 @torch.no_grad()
-def measure(folder, many=False):
+def measure(folder):
     """Right answers per question on each split, and on own samples: KL to the base, entropy, length.
 
-    With `many`, also right answers among 64 to each of 100 held-out questions and of 100 harder ones.
+    Also right answers among 64 to each of 100 held-out questions and of 100 harder ones.
     """
     args = sft.parse_args(["--max-new-tokens", "128"])
     model, tokenizer = tok.load_model(str(folder))
@@ -282,7 +280,7 @@ def measure(folder, many=False):
                 measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
                 measured["length"] = sum(map(len, responses)) / len(responses)
                 measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
-    for split in ("test", "harder") if many else ():
+    for split in ("test", "harder"):
         torch.manual_seed(0)
         rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(MANY_QUESTIONS))
         prompts = tok.encode_prompts(tokenizer, rows["question"]) * MANY_SAMPLES
@@ -374,7 +372,7 @@ def summary(done):
 def report(cells, seeds, write):
     base = RESULTS / "cells/base-0.json"
     if not base.exists():
-        measured = {"cell": "base", "seed": 0} | measure(ROOT / "tiny/model", many=True)
+        measured = {"cell": "base", "seed": 0} | measure(ROOT / "tiny/model")
         base.write_text(json.dumps(measured) + "\n")
     every = {"base": [json.loads(base.read_text())]}
     every |= {cell: done for cell in cells if (done := read(cell, seeds))}
@@ -546,13 +544,12 @@ def main():
     parser = flags(__doc__, CELLS, ROOT / "runs/reproduce")
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
     parser.add_argument("--compare", nargs=3, help="two cells and a number: print the gain, run nothing")
-    parser.add_argument("--many", action="store_true", help=f"measure {MANY_SAMPLES} answers a question, too")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "cells"):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if args.measure:
-        measured = measure(args.measure, args.many)
+        measured = measure(args.measure)
         (args.measure.parent / "measured.json").write_text(json.dumps(measured))
         return
     if args.compare:
