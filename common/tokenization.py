@@ -38,6 +38,7 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 datasets.disable_progress_bars()  # one bar, the script's
@@ -243,17 +244,51 @@ def adamw(parameters, **settings):
 
 
 class Cache(DynamicCache):
-    """transformers' keys and values, in the dtype of activations: autocast would have them in fp32.
+    """transformers' keys and values, in the dtype of activations and with room for the tokens to come.
 
-    RoPE's cosines are fp32 where the weights are, so bf16 keys come out of it as fp32; the cache would take
-    twice the memory and be cast to bf16 again for every token that is sampled.
+    RoPE's cosines are fp32 where the weights are, so under autocast bf16 keys come out of it as fp32; the
+    cache would take twice the memory and be cast to bf16 again for every token that is sampled.
     """
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        # a layer with a sliding window holds few tokens anyway
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
     def update(self, keys, values, *args, **kwargs):
         kind = keys.device.type
         if torch.is_autocast_enabled(kind):
             keys, values = (x.to(torch.get_autocast_dtype(kind)) for x in (keys, values))
         return super().update(keys, values, *args, **kwargs)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, D] of a layer: a view of a buffer that grows by so many tokens at once.
+
+    transformers' own layer copies all that it holds for each new token, which after some hundred tokens
+    takes longer than to attend to it.
+    """
+
+    ROOM, buffers = 64, ()
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        seen = self.get_seq_length()
+        end = seen + keys.shape[-2]
+        if not self.buffers or self.buffers[0].shape[-2] < end:
+            both = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+            self.buffers = [F.pad(x, (0, 0, 0, self.ROOM)) for x in both]
+        else:
+            for buffer, new in zip(self.buffers, (keys, values)):
+                buffer[:, :, seen:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        if self.buffers:  # a layer that shares another's keys has none
+            self.buffers, seen = [buffer[indices] for buffer in self.buffers], self.get_seq_length()
+            self.keys, self.values = (buffer[:, :, :seen] for buffer in self.buffers)
 
 
 # ---- values of tokens ------------------------------------------------------------------------------------

@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import ROOT, gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 import common.tokenization as tok
 import grpo
@@ -110,6 +118,30 @@ def test_the_cache_has_the_dtype_of_activations(tiny, monkeypatch):
         assert {x.dtype for layer in caches.pop().layers for x in (layer.keys, layer.values)} == {dtype}
         gap = ((scored - tok.align(sampled, mask)).exp() - 1).abs().sum() / mask.sum()
         assert gap < (0.05 if enabled else 1e-5)
+
+
+def test_the_cache_grows_without_copying_what_it_holds(tiny, monkeypatch):
+    """The bits of transformers' own cache, over several growths and leaves; room for many tokens at once."""
+    model, tokenizer = tiny
+    prompts = tok.encode_prompts(tokenizer, QUESTIONS * 8)
+    places, grow = [], tok.RoomyLayer.update
+
+    def watched(layer, *both, **more):
+        keys, values = grow(layer, *both, **more)
+        places.append((keys.data_ptr(), values.data_ptr()))
+        return keys, values
+
+    done = []
+    for cache in (tok.Cache, lambda config: DynamicCache(config=config)):
+        monkeypatch.setattr(tok, "Cache", cache)
+        monkeypatch.setattr(tok.RoomyLayer, "update", watched)
+        torch.manual_seed(0)
+        done.append(grpo.sample(model, tokenizer, prompts, 3.0, settings(max_new_tokens=200)))
+    assert done[0] == done[1] and max(map(len, done[0][0])) > 150 > 100 > min(map(len, done[0][0]))
+    calls, layers = len(places), model.config.num_hidden_layers
+    assert calls == layers * max(map(len, done[0][0])) and len(set(places)) < calls / 4
+    slides = tok.Cache(config=MistralConfig(num_hidden_layers=1, sliding_window=4)).layers
+    assert not isinstance(slides[0], tok.RoomyLayer)
 
 
 def test_self_check_stops_a_run_whose_head_is_not_a_plain_product(tiny):
