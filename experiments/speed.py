@@ -37,8 +37,8 @@ def odd(completions, golds):
     return [float(len(text) % 2) for text in completions]
 
 
-# questions per step, group size, budget, demonstrations per step, padded tokens of a pass of ours, rows of one
-# of TRL's (14 GiB for 32 of the big model), steps of which the first is not counted, reward
+# questions per step, group size, budget, demonstrations per step, padded tokens of a pass, rows of a pass
+# of TRL (14 GiB for 32 of the big model), steps of which the first is not counted, reward
 SIZES = {"tiny": (16, 8, 100, 16, 1024, 128, 6, math_reward), "135M": (16, 8, 128, 8, 512, 32, 2, odd)}
 
 
