@@ -1,6 +1,7 @@
-"""Memory per GPU of a training step, computed from a model's shape, for the table in the README.
+"""Memory per GPU of training and of sampling, computed from a model's shape, for the tables in the README.
 
     python experiments/memory.py --tokens 8192           # --micro-batch-tokens of the run; bf16 autocast
+    python experiments/memory.py --rows 512 --length 1024    # --sample-rows; tokens of prompt and response
 
 Nothing is measured here. With P parameters, n ranks, T tokens in a micro-batch, L layers, width D, MLP width
 F, q query and k key-value heads of width h, and b bytes per activation (2 under --dtype bf16, else 4):
@@ -17,10 +18,16 @@ F, q query and k key-value heads of width h, and b bytes per activation (2 under
     head       16 T D           final norm, hidden states and their gradient; logits [T, V] never exist
 
 --gradient-checkpointing keeps only the fp32 input of each layer, 4 T D, and one layer at a time in full. Not
-counted: CUDA's context, work spaces and fragments (allow 2 GiB); the KV cache of sampling, 2 L k h b bytes
-per token, which is gone when a step trains; temporaries of Adam, about 4 P / n, when activations are gone.
+counted: CUDA's context, work spaces and fragments (allow 2 GiB); temporaries of Adam, about 4 P / n, when
+activations are gone.
 
-The second table is that of rlhf_ppo.py: policy and critic are trained, with activations of both at once, the
+The second table is of sampling, when gradients and activations are gone. R rows, none of which has ended and
+each of which is padded to the longest, take beside weights, Adam's moments and copies
+
+    KV cache   2 L k h b        per row and token
+    logits     16 R V           fp32: the logits, log-probabilities, probabilities, and what the draw needs
+
+The third table is that of rlhf_ppo.py: policy and critic are trained, with activations of both at once, the
 reference and the reward model are frozen and have weights only. Critic and reward model have S parameters,
 an output of width 1 instead of V: S = P + D + 1 - V D, or P + D + 1 where the output is the embedding.
 """
@@ -57,6 +64,19 @@ def total(shape, tokens, recompute, ranks, b=2):
     return 8 * p + 8 * p / ranks + copies + tokens * (activations + 16 * d)
 
 
+def cached(shape, b=2):
+    """Bytes per row and token of the KV cache."""
+    layers, *_, k, h, _ = shape
+    return 2 * layers * k * h * b
+
+
+def sampling(shape, rows, length, ranks, b=2):
+    """Bytes on one GPU, no row having ended yet."""
+    (p, matrices), vocabulary = parameters(shape), shape[3]
+    copies = 2 * matrices if b == 2 else 0
+    return 4 * p + 8 * p / ranks + copies + rows * (length * cached(shape, b) + 16 * vocabulary)
+
+
 def scorer(shape):
     """S."""
     _, d, _, v, *_, tied = shape
@@ -73,7 +93,10 @@ def four(shape, tokens, recompute, ranks, b=2):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192, help="--micro-batch-tokens")
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--rows", type=int, default=512, help="--sample-rows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and response")
+    args = parser.parse_args()
+    tokens, rows, length = args.tokens, args.rows, args.length
     columns = "weights | gradients | Adam, 1 / 8 / 16 GPUs | bf16 copies | activations | … recomputed"
     ways = ((False, 1), (True, 1), (True, 8), (True, 16))  # recomputed? GPUs
     ends = "1 GPU | 1, recomputed | 8, recomputed | 16, recomputed |"
@@ -85,6 +108,12 @@ def main():
         whole = [total(shape, tokens, *way) for way in ways]
         cells = [gib(x) for x in (4 * p, 4 * p, 2 * matrices, *parts, *whole)]
         print(f"| {name}, {p / 1e9:.2f} G | " + " | ".join([*cells[:2], adam, *cells[2:]]) + " |")
+    print(f"\n| GiB per GPU, computed, sampling {rows} rows of {length:,} tokens | ", end="")
+    print("KV cache, KiB a token | KV cache | logits | all: 1 GPU | 8 | 16 |\n" + "| --- " * 7 + "|")
+    for name, shape in SHAPES.items():
+        whole = [sampling(shape, rows, length, n) for n in (1, 8, 16)]
+        cells = map(gib, (rows * length * cached(shape), 16 * rows * shape[3], *whole))
+        print(f"| {name} | {cached(shape) / 1024:.0f} | " + " | ".join(cells) + " |")
     columns = "policy | critic | reference | reward model"
     print(f"\n| GiB per GPU, computed, `rlhf_ppo.py` | {columns} | all: {ends}\n" + "| --- " * 9 + "|")
     for name, shape in SHAPES.items():

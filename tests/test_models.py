@@ -422,6 +422,25 @@ def test_the_computed_memory_of_a_layer_is_what_torch_keeps(b):
     assert sum(p.numel() for p in model.parameters()) == memory.parameters((2, *shape[1:]))[0]
 
 
+@pytest.mark.parametrize("b", [4, 2])
+def test_the_computed_memory_of_a_cached_token_is_what_the_cache_holds(b):
+    shape = (3, 64, 160, 100, 4, 2, 16, True)
+    layers, d, f, v, q, k, *_ = shape
+    size = dict(hidden_size=d, intermediate_size=f, num_attention_heads=q, num_key_value_heads=k)
+    config = Qwen2Config(vocab_size=v, num_hidden_layers=layers, **size)
+    cache = tok.Cache(config=config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=b == 2):
+        AutoModelForCausalLM.from_config(config)(torch.randint(v, (5, 7)), past_key_values=cache)
+    assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == 5 * 7 * memory.cached(shape, b)
+
+
+def test_the_readme_has_the_computed_memory(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["memory.py"])
+    memory.main()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 3 and all(table in (ROOT / "README.md").read_text() for table in tables)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_computed_parameters_of_a_scorer_are_its_own(tied):
     size = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
