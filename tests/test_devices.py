@@ -1,0 +1,150 @@
+"""No script mixes devices: each runs on a GPU that is pretended, where a mixture is the error it would be.
+
+On a CPU any two tensors go together, so a forgotten `.to(device)` would be seen on a GPU first. Here a tensor
+has a label, the place that it was made for, moved to or computed on, and whatever combines the two labels
+raises, with CUDA's exceptions. What autograd makes has no label and goes with both.
+"""
+
+import importlib
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import same_metrics
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+import common.tokenization as tok
+
+FEW = "--steps 2 --eval-questions 3 --eval-samples 1 --max-new-tokens 24"
+GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2 --minibatches 2"
+RUNS = [  # a script and flags that lead through its branches
+    ("sft", ""),
+    ("rft_rejection", "--questions 16 --k 2 --add-gold --rationalize --rounds 2"),
+    ("idft_hinted", ""),
+    ("dpo", "--k 4 --pair-questions 24"),
+    ("dpo", "--loss simpo --k 4 --pair-questions 24"),
+    ("grpo", f"{GROUP} --skip-dead-groups 1 --overlong-tokens 20 --advantage grpo --loss-norm token"),
+    ("prefix_rft", GROUP),
+    ("prefix_rft", "--prefix-schedule full --prefix-loss all --prefix-weight luffy"),
+    ("prefix_rft", "--prefix-loss random --prefix-weight sft --loss-norm sequence"),
+    ("rlhf_ppo", "--batch-size 28 --preference-questions 6 --reward-epochs 1 --minibatches 2"),
+]
+
+
+def is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def places(*values):
+    """The labels of the tensors in some arguments."""
+    return {x.place for x in tree_leaves(values) if is_tensor(x) and hasattr(x, "place")}
+
+
+def label(value, place):
+    for x in tree_leaves(value):
+        if is_tensor(x):
+            x.place = place
+    return value
+
+
+class Pretend(TorchFunctionMode):
+    """Labels what every torch function gives, after a look at the labels of what it takes."""
+
+    on = True
+
+    @contextmanager
+    def off(self):
+        self.on, was = False, self.on
+        yield
+        self.on = was
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, args, kwargs = getattr(function, "__name__", ""), list(args), dict(kwargs or {})
+        if not self.on:
+            return function(*args, **kwargs)
+        if function == torch.Tensor.device.__get__:
+            return torch.device(getattr(args[0], "place", "cpu"))
+        asked = "cpu" if name == "cpu" else None
+        if kwargs.get("device") is not None:
+            asked, kwargs["device"] = torch.device(kwargs["device"]).type, "cpu"
+        for i, x in enumerate(args[1:] if name == "to" else [], 1):
+            if isinstance(x, str | torch.device):
+                asked, args[i] = torch.device(x).type, "cpu"
+        place = asked or self.meet(name, args, kwargs)
+        out = function(*args, **kwargs)
+        if asked and args and out is args[0] and places(out) != {asked}:
+            out = out.clone()  # a tensor elsewhere is another tensor
+        return label(out, place) if place else out
+
+    def meet(self, name, args, kwargs):
+        """Where the result of a function is, or None if that is not known."""
+        found, tensors = places(args, kwargs), [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
+        assert name not in ("numpy", "__array__") or found != {"cuda"}, "numpy() of a GPU's tensor"
+        if len(found) < 2 or name == "copy_":
+            return (
+                "cpu"
+                if not tensors
+                else places(args[0]).pop()
+                if name == "copy_"
+                else min(found, default=None)
+            )
+        if name in ("__getitem__", "__setitem__"):  # indices may be on the CPU
+            mine, index, value = places(args[0]), tree_leaves(args[1]), tree_leaves(args[2:])
+            if places(index) <= mine | {"cpu"}:  # a value is copied into a slice, but scattered by indices
+                if not any(map(is_tensor, index)) or places(value) <= mine:
+                    return mine.pop()
+        elif name not in ("cat", "stack") and all(x.dim() == 0 for x in tensors if places(x) == {"cpu"}):
+            return "cuda"  # a number on the CPU goes with everything
+        raise AssertionError(f"{name}: {[(tuple(x.shape), getattr(x, 'place', None)) for x in tensors]}")
+
+
+@contextmanager
+def gpu(script):
+    """A GPU on which weights are placed; files are read and written as ever."""
+    mode, place, dice, kernel = Pretend(), tok.placed, tok.dice, script.token_logprobs
+
+    def placed(model, recompute):
+        model = place(model, recompute)
+        label([*model.parameters(), *model.buffers()], "cuda")
+        return model
+
+    def as_ever(function):
+        def wrapped(*args, **kwargs):
+            with mode.off():
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def logprobs(hidden, weight, targets, temperature):
+        assert (
+            places(hidden) == places(weight) == places(targets) == {"cuda"}
+        )  # Triton's kernel, here torch's
+        with mode.off():
+            return label(kernel(hidden, weight, targets, temperature), "cuda")
+
+    def dice_of(device):
+        assert device.type == "cuda"  # of the probabilities that it draws from
+        return dice("cpu")
+
+    with pytest.MonkeyPatch.context() as patch, mode:
+        patch.setattr(tok, "placed", placed)
+        patch.setattr(tok, "dice", dice_of)
+        patch.setattr(script, "token_logprobs", logprobs)
+        for name in ("load_model", "load_scorer", "save_model"):
+            patch.setattr(tok, name, as_ever(getattr(tok, name)))
+        yield
+
+
+@pytest.mark.parametrize("name, flags", RUNS, ids=[" ".join(x).strip() for x in RUNS])
+def test_a_script_keeps_apart_what_is_on_the_gpu(name, flags, small, tmp_path):
+    """From loading to saving: no labels meet that may not, and the numbers are those of the CPU."""
+    script = importlib.import_module(name)
+
+    def run(out):
+        script.main(script.parse_args(small(name, out, *f"{FEW} {flags}".split())))
+
+    run(tmp_path / "cpu")
+    with gpu(script):
+        run(tmp_path / "gpu")
+    same_metrics(tmp_path / "cpu", tmp_path / "gpu")
