@@ -81,14 +81,10 @@ class Pretend(TorchFunctionMode):
         """Where the result of a function is, or None if that is not known."""
         found, tensors = places(args, kwargs), [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
         assert name not in ("numpy", "__array__") or found != {"cuda"}, "numpy() of a GPU's tensor"
-        if len(found) < 2 or name == "copy_":
-            return (
-                "cpu"
-                if not tensors
-                else places(args[0]).pop()
-                if name == "copy_"
-                else min(found, default=None)
-            )
+        if name == "copy_":  # from anywhere
+            found = places(args[0])
+        if len(found) < 2:
+            return min(found, default=None if tensors else "cpu")
         if name in ("__getitem__", "__setitem__"):  # indices may be on the CPU
             mine, index, value = places(args[0]), tree_leaves(args[1]), tree_leaves(args[2:])
             if places(index) <= mine | {"cpu"}:  # a value is copied into a slice, but scattered by indices
@@ -117,9 +113,7 @@ def gpu(script):
         return wrapped
 
     def logprobs(hidden, weight, targets, temperature):
-        assert (
-            places(hidden) == places(weight) == places(targets) == {"cuda"}
-        )  # Triton's kernel, here torch's
+        assert places(hidden) == places(weight) == places(targets) == {"cuda"}  # Triton's, here torch's
         with mode.off():
             return label(kernel(hidden, weight, targets, temperature), "cuda")
 
