@@ -269,7 +269,7 @@ class RoomyLayer(DynamicLayer):
     takes longer than to attend to it.
     """
 
-    ROOM, buffers = 64, ()
+    ROOM, buffers = 32, ()
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
