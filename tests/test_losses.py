@@ -359,22 +359,22 @@ def test_a_dead_group_is_all_right_or_all_wrong_however_long(tiny, monkeypatch):
 
 @pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
 def test_what_is_resampled_is_all_right_or_all_wrong(name, run, tmp_path, monkeypatch):
-    """Not what has equal rewards: in one group the penalty differs, in another it makes all rewards equal."""
+    """Not what has equal rewards: in two of three groups the penalty differs, in one it makes them equal."""
     script, asked = SCRIPTS[name], []
     rollout = script.rollout
 
     def judged(model, tokenizer, rows, *more):
         groups = rollout(model, tokenizer, rows, *more)
         asked.append(len(rows))
-        for group, right, reward in zip(groups, ([1, 1], [1, 0]), ([1, 0.5], [0, 0])):
+        for group, right, reward in zip(groups, ([1, 1], [0, 0], [1, 0]), ([1, 0.5], [0, -0.5], [0, 0])):
             for c, given in zip(group, zip(right, reward)):
                 c |= dict(zip(("right", "reward"), given))
         return groups
 
     monkeypatch.setattr(script, "rollout", judged)
-    few = "--steps 1 --group-size 2 --batch-size 2 --eval-questions 1 --eval-samples 0 --skip-dead-groups 1"
+    few = "--steps 1 --group-size 2 --batch-size 3 --eval-questions 1 --eval-samples 0 --skip-dead-groups 1"
     run(name, tmp_path / name, *few.split(), "--overlong-tokens", 20)
-    assert asked == [2, 1]
+    assert asked == [3, 2]
 
 
 # ---- the soft penalty on long responses ------------------------------------------------------------------
