@@ -1,8 +1,8 @@
 """DPO: direct preference optimisation, a chosen response against a rejected one, without a reward model.
 
 Rafailov et al., Direct Preference Optimization, arXiv 2305.18290; SimPO: Meng, Xia, Chen, 2405.14734.
-If a policy pi were optimal for a reward under a KL penalty to the start model pi_0, that reward would be
-r(y) = beta log pi(y|x) / pi_0(y|x). So read it off pi, and fit it to preferences y_w > y_l:
+If a policy pi were optimal for a reward under a KL penalty to the start model pi_0, that reward would be, up
+to a term of x alone, beta log pi(y|x) / pi_0(y|x). So read it off pi, and fit it to preferences y_w > y_l:
 
     L = - 1/Z sum_pairs log sigmoid(h)         h = r(y_w) - r(y_l)         s = sigmoid(-h)
     DPO    r(y) = beta ( log pi(y|x) - log pi_0(y|x) ), sums over the tokens
@@ -201,7 +201,7 @@ def kl_from_start(model, prompts, responses, start_logp, args):
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)

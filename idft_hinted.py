@@ -2,7 +2,7 @@
 
 Zhang et al., Towards On-Policy SFT, arXiv 2602.12222; DFT: Wu et al., 2508.05629. The centered log-likelihood
 of a token, phi = log p + H, log-probability plus entropy of the distribution it is from, has mean 0 on the
-model's own samples in every context; demonstrations of another style lie below. Of it two things are made:
+model's own samples in every context; most text of another style lies below. Of it two things are made:
 
     L = - 1/Z sum_i sum_t m_it sg(p_it ^ gamma_it) log p_it        gamma = clamp(exp(-phi), 0.1, 2)
     log m = (1 - lam) log p_hinted + lam log q_student + const     lam = clamp(beta H(p_hinted) / log V, 0, 1)
@@ -229,7 +229,7 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)

@@ -5,7 +5,7 @@ The hybrid, y*_<L + own continuation, is judged like any rollout and shares its 
 imitates a demonstration as far as that leads it to more than it reaches alone. Against grpo.py:
 
     data    G - 1 own completions and one hybrid, L = int(l |y*|), l ~ U[low(s), high]; low decays by cosine
-    weight  I_clip r A on both parts of the hybrid, old_logp of the prefix from the current policy (r = 1)
+    weight  I_clip r A on both parts of the hybrid, old_logp of the prefix is the current policy's
     mask    of the batch's prefix tokens only the 20 % of highest entropy keep their A, the others get A = 0
     Z       unchanged: it counts the tokens whose A was zeroed too
 
@@ -225,7 +225,7 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)

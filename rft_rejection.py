@@ -146,7 +146,7 @@ def harvest(model, tokenizer, rows, args):
     for row, samples in zip(rows, done):
         shuffled = (samples[j] for j in torch.randperm(len(samples)))  # no path is preferred
         distinct = {path(s[args.solution_key]): s for s in shuffled if s["reward"] and s["ended"]}
-        paths += len(distinct)  # the quantity that RFT's gain grows with
+        paths += len(distinct)  # the quantity that RFT's gain grows with, in the paper
         if args.add_gold:  # a demonstration stands for its path
             found.append({key: row[key] for key in (args.question_key, args.solution_key)} | {"kept": True})
             distinct.pop(path(row[args.solution_key]), None)
@@ -208,7 +208,7 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)

@@ -299,7 +299,7 @@ def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: max |ratio - 1| on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)
