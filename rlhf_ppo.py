@@ -56,8 +56,8 @@ def parse_args(argv=None):
     add("--solution-key", default="solution", help="column of the demonstration")
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
-    add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="after the warm-up")
+    add("--lr", type=float, default=2e-4, help="AdamW's, before warm-up and decay")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="over all steps")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
     add("--batch-size", type=int, default=32, help="questions per step")
@@ -119,15 +119,15 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
             token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
             ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
             alive = alive & ~torch.isin(token[:, 0], stops) & (room[rows] > t + 1).to(model.device)
-            if not (left := alive.sum()):
+            if not (left := alive.sum().item()):
                 break
             if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
                 cache.batch_select_indices(keep := alive.nonzero()[:, 0])
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]
             mask, position = F.pad(mask, (0, 1), value=1), position + alive[:, None]  # finished rows stay
-    ids, logps = tok.reduce(ids, "MAX"), tok.reduce(logps)  # every rank has all responses
-    ids = [tok.cut(x[x >= 0].tolist(), stops.tolist(), n) for x, n in zip(ids, room.tolist())]
+    ids, logps, stops = tok.reduce(ids, "MAX"), tok.reduce(logps), stops.tolist()  # on every rank all
+    ids = [tok.cut(x[x >= 0].tolist(), stops, n) for x, n in zip(ids, room.tolist())]
     return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
 
 

@@ -9,6 +9,7 @@ Four rules, each the cure of a bug that this field keeps having:
 """
 
 import atexit
+import io
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import get_dataset_split_names, load_dataset
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import ZeroRedundancyOptimizer, zero_redundancy_optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -240,6 +241,26 @@ def adamw(parameters, **settings):
     return torch.optim.AdamW(parameters, **settings)
 
 
+def broadcast_object(item, src_rank, group, device):
+    """An object of one rank on all, for ZeRO's state in a checkpoint.
+
+    torch's own turns bytes into a tensor one by one, which takes minutes for a gigabyte of moments.
+    """
+    mine = dist.get_rank() == src_rank
+    if mine:
+        torch.save(item, buffer := io.BytesIO())
+        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(data) if mine else 0], device=device)
+    dist.broadcast(size, src_rank, group)
+    data = data if mine else torch.empty(int(size), dtype=torch.uint8, device=device)
+    for part in data.split(2**30):
+        dist.broadcast(part, src_rank, group)
+    return item if mine else torch.load(io.BytesIO(data.cpu().numpy()), weights_only=True, map_location="cpu")
+
+
+zero_redundancy_optimizer._broadcast_object = broadcast_object
+
+
 # ---- the cache of a sampler ------------------------------------------------------------------------------
 
 
@@ -338,6 +359,7 @@ def append_pairs(path, row, ranked, ties):
     """
     pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
     pairs = [(a, b) for a, b in pairs if ties or a["utility"] != b["utility"]]
+    pairs = [(a, b) for a, b in pairs if a["text"].strip() and b["text"].strip()]  # no row without text
     seen = [(row, a["question"], a["text"], b["text"], a["utility"], b["utility"]) for a, b in pairs]
     append(path, [dict(zip(PAIR, values)) for values in seen])
 
@@ -560,6 +582,12 @@ def check_arguments(args):
     demand(parts <= rows, f"--minibatches {parts}: a step has {rows} completions only; lower it.")
     penalty, budget = getattr(args, "overlong_tokens", 0), args.max_new_tokens
     demand(penalty <= budget, f"--overlong-tokens {penalty}: must be at most --max-new-tokens {budget}.")
+    if not args.steps and hasattr(args, "hinted"):
+        args.hinted = "off"  # nothing is trained, so nothing is rewritten
+    longest, own = getattr(args, "max_demo_tokens", budget), getattr(args, "hinted", "off") == "on"
+    own |= hasattr(args, "k") and not getattr(args, "pairs", None)  # samples are trained as demonstrations
+    less = f"less than --max-new-tokens {budget}, samples would be trained without their end; raise it"
+    demand(longest >= budget or not own, f"--max-demo-tokens {longest}: {less}.")
     asks = "{question}" in args.prompt_template
     demand(
         asks, "--prompt-template: the model would not see the question; write {question} where it belongs."
@@ -768,9 +796,12 @@ def load_state(folder, args):
     return state
 
 
+APART = ("resume", "output_dir", "stop_after", "unparseable_gold")  # the last is counted, not given
+
+
 def same_arguments(first, args):
     """Those of the first run, but for the folder, which may have been moved."""
-    now = {k: v for k, v in vars(args).items() if k not in ("resume", "output_dir", "stop_after")}
+    now = {k: v for k, v in vars(args).items() if k not in APART}
     changed = ", ".join(k for k in now if k in first and first[k] != now[k])
     demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
 
@@ -788,8 +819,9 @@ def open_folder(out, state, args, model_bytes):
             os.truncate(out / name, size)
         return
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    need, free = 6 * model_bytes / 2**30, shutil.disk_usage(place).free / 2**30
-    room = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"  # weights, two moments; old and new
+    parts = 12 if hasattr(args, "reward_model") else 6  # weights, two moments; a critic's; old and new
+    need, free = parts * model_bytes / 2**30, shutil.disk_usage(place).free / 2**30
+    room = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"
     demand(need <= free, f"--output-dir {out}: {room}; make room or take another folder.")
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         given = {f"--{k.replace('_', '-')} {v}": v for k, v in vars(args).items() if k in SOURCES and v}
@@ -868,7 +900,8 @@ def log(out, metrics, samples=()):
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()} | {"peak_memory": peak}
     samples = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
-    for name, lines in zip(LOGS, ([metrics], samples)):
+    strict = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()}  # JSON
+    for name, lines in zip(LOGS, ([strict], samples)):
         try:
             with open(out / name, "a") as file:
                 file.writelines(json.dumps({"step": metrics["step"]} | line) + "\n" for line in lines)

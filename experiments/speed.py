@@ -37,9 +37,9 @@ def odd(completions, golds):
     return [float(len(text) % 2) for text in completions]
 
 
-# questions per step, group size, budget, demonstrations per step, padded tokens of a pass, rows of a pass
-# of TRL (14 GiB for 32 of the big model), steps of which the first is not counted, reward
-SIZES = {"tiny": (16, 8, 100, 16, 1024, 128, 6, math_reward), "135M": (16, 8, 128, 8, 512, 32, 2, odd)}
+# questions per step, group size, budget, demonstrations per step, padded tokens of our passes (TRL takes the
+# batch in one), steps of which the first is not counted, reward
+SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward), "135M": (4, 8, 128, 8, 512, 3, odd)}
 
 
 def big_model(folder):
@@ -87,7 +87,7 @@ UNITS = {"sampling": "sampling: tokens/s", "sft": "sft.py: s a step", "grpo": "g
 
 
 def ours(script, model, size, out):
-    questions, group, budget, demonstrations, micro, _, steps, grpo.math_reward = size
+    questions, group, budget, demonstrations, micro, steps, grpo.math_reward = size
     meter, count = Meter(), tok.steps
 
     def watched(state, last):
@@ -113,7 +113,7 @@ def trl(kind, model, size, out):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    questions, group, budget, demonstrations, _, rows_of_a_pass, steps, judge = size
+    questions, group, budget, demonstrations, _, steps, judge = size
     meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(model)
 
     class Watch(TrainerCallback):
@@ -138,9 +138,7 @@ def trl(kind, model, size, out):
     else:
         method = dict(num_generations=group, max_completion_length=budget, loss_type="dr_grpo", beta=0.0)
         method |= dict(scale_rewards="none", temperature=1.0, learning_rate=2e-4)
-        passes = questions * group // rows_of_a_pass  # of one update, on responses that are sampled at once
-        method |= dict(per_device_train_batch_size=rows_of_a_pass, gradient_accumulation_steps=passes)
-        config = GRPOConfig(**same, **method)
+        config = GRPOConfig(**same, **method, per_device_train_batch_size=questions * group)
         data = data.add_column("gold", [row["answer"] for row in rows])
         reward = lambda completions, gold, **_: judge(completions, gold)  # noqa: E731
         trainer = GRPOTrainer(model, reward, config, train_dataset=data, processing_class=tokenizer)
@@ -151,20 +149,20 @@ def trl(kind, model, size, out):
 
 @torch.no_grad()
 def sampling(side, model, size):
-    """Sampled tokens per CPU second: 512 responses of the tiny model, a step's 128 of the big one."""
+    """Sampled tokens per CPU second: 512 responses of the tiny model, a step's 32 of the big one."""
     questions, group, budget, *_ = size
     net, tokenizer = tok.load_model(model)
     asked = rows_of(questions if size == SIZES["135M"] else 512 // group)
     prompts = tok.encode_prompts(tokenizer, [r["question"] for r in asked]) * group
     stops, rates = tok.stop_ids(tokenizer, net.config), []
     args = grpo.parse_args(["--max-new-tokens", str(budget)])
-    for turn, some in enumerate((prompts[:group], prompts, prompts)):  # the first warms up
+    for turn in range(3):
         torch.manual_seed(turn)
         began = time.process_time()
         if side == "ours":
-            responses, _ = grpo.sample(net, tokenizer, some, 1.0, args)
+            responses, _ = grpo.sample(net, tokenizer, prompts, 1.0, args)
         else:
-            tokens, mask = tok.pad(some, side="left")
+            tokens, mask = tok.pad(prompts, side="left")
             plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=budget)
             ids = net.generate(tokens, attention_mask=mask, **plain, eos_token_id=stops, pad_token_id=1)
             responses = [tok.cut(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]

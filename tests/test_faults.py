@@ -351,6 +351,14 @@ def test_too_little_space_is_said_before_anything_is_moved(flags, tmp_path, monk
         sft.main(sft.parse_args(flags("sft", out)))
     assert stop.value.code == 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (out / "metrics.jsonl").read_text() == "mine"
+    free = shutil._ntuple_diskusage(
+        10**9, 10**9, 8 * sum(p.nbytes for p in tok.load_model(ROOT / "tiny/model")[0].parameters())
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)  # two checkpoints take 6, with a critic 12
+    ppo = SCRIPTS["rlhf_ppo"]
+    sft.main(sft.parse_args(flags("sft", out)))
+    with pytest.raises(SystemExit, match="two checkpoints take 0.0 GiB"):
+        ppo.main(ppo.parse_args(flags("rlhf_ppo", tmp_path / "ppo")))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------
@@ -383,7 +391,7 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--eval-data {golds}": ("not one gold answer parses", [name for name in MORE if name != "rlhf_ppo"]),
     "--data {long} --eval-data {data}": "long.jsonl, train, row 1: ",
     "--eval-data {long}": "exceed the model's 2048 positions; lower --max-new-tokens",
-    "--max-new-tokens 2040": "train, row 0: ",
+    "--max-new-tokens 2040": ("train, row 0: ", ("sft", "grpo", "prefix_rft", "rlhf_ppo")),
     "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
     "--prompt-template Solve": "--prompt-template: the model would not see the question",
     "--temperature 0": "--temperature 0.0: must be at least 0.001",
@@ -391,6 +399,11 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--lr inf": "--lr inf: must be a finite number",
     "--minibatches 7": ("--minibatches 7: a step has 6 completions only", ("grpo", "prefix_rft", "rlhf_ppo")),
     "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
+    "--max-demo-tokens 19": (
+        "--max-demo-tokens 19: less than --max-new-tokens",
+        ("rft_rejection", "dpo"),
+    ),
+    "--max-demo-tokens 39": ("--max-demo-tokens 39: less than --max-new-tokens", ("idft_hinted",)),
     "--resume": "--resume: there is no checkpoint in ",
     "--output-dir {file}/run": "cannot be written",
     "--output-dir {file}": "cannot be written",
@@ -574,6 +587,29 @@ def test_a_damaged_checkpoint_or_other_arguments_do_not_resume(name, whole, flag
         changed = ", ".join(word[2:].replace("-", "_") for word in more.split() if word.startswith("--"))
         said = refused(SCRIPTS[name], flags(name, out, "--resume", *more.split()), capsys)
         assert set(changed.split(", ")) == set(said.split(": ")[2].split(" differ")[0].split(", ")), said
+
+
+@pytest.mark.parametrize("name, more", [("rft_rejection", "--add-gold"), ("idft_hinted", ""), ("grpo", "")])
+def test_a_gold_that_does_not_parse_is_no_other_argument(name, more, flags, data, tmp_path):
+    """It is counted while rows are loaded, in some scripts after a run has begun."""
+    rows = read_jsonl(f"{data}/train.jsonl")[:12]
+    write_jsonl(tmp_path / "x.jsonl", [rows[0] | {"answer": "\\frac{"}, *rows[1:]])
+    script, out = SCRIPTS[name], tmp_path / "run"
+    argv = flags(name, out, "--data", tmp_path / "x.jsonl", "--eval-data", data, *more.split())
+    script.main(script.parse_args(argv))
+    shutil.rmtree(out / "final")
+    script.main(script.parse_args([*argv, "--resume"]))
+    assert (out / "final").is_dir()
+
+
+def test_every_line_of_the_log_is_strict_json(tmp_path):
+    """NaN and infinity are Python's; what cannot be said as a number is null."""
+    tok.log(
+        tmp_path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "phi_own": torch.tensor(1.5)}
+    )
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert line["loss"] is line["grad_norm"] is None and line["phi_own"] == 1.5
 
 
 def test_a_run_without_checkpoint_begins_anew_with_the_same_arguments_only(flags, tmp_path, capsys):

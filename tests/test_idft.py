@@ -348,6 +348,20 @@ def test_a_run(whole):
     assert [x["step"] for x in lines] == [1, 2, 3, 4] and all(abs(x["phi"]) < 3 for x in lines)
 
 
+def test_nothing_is_rewritten_if_nothing_is_trained(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(idft, "own_words", None)  # would be a TypeError
+    out = train(tmp_path / "run", "--steps", 0)
+    [line] = read_jsonl(out / "metrics.jsonl")
+    assert line["step"] == 0 and "accuracy" in line
+
+
+def test_a_run_in_which_nothing_is_right_says_so(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(idft, "math_reward", lambda texts, golds: [0.0] * len(texts))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run")
+    assert stop.value.code == 2 and "no own answer or rewrite is right and ended" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, monkeypatch):
     class Killed(Exception):
         pass

@@ -121,6 +121,16 @@ def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
         tok.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
 
 
+# ---- pairs ---------------------------------------------------------------------------------------------
+
+
+def test_no_pair_has_a_blank_answer(tmp_path):
+    """EOS alone is an answer without text, which no data set may hold: the pair is left out."""
+    ranked = [{"question": "q", "text": t, "utility": u} for t, u in (("1", 2.0), (" \n", 1.0), ("2", 0.0))]
+    tok.append_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
+    assert [(x["chosen"], x["rejected"]) for x in tok.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
+
+
 # ---- the formulas ----------------------------------------------------------------------------------------
 
 
