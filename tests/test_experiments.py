@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import ppo_sweep, reproduce, speed, tune
+from experiments import gpu, ppo_sweep, reproduce, speed, tune
 
 README = (ROOT / "README.md").read_text()
 
@@ -166,6 +166,20 @@ def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
     assert [(tmp_path / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")] == before
     assert (tmp_path / "README.md").read_text() == README
     assert (tmp_path / "ppo_sweep.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_what_was_measured_on_a_gpu():
+    records = json.loads((ROOT / "experiments/results/gpu.json").read_text())
+    assert "<!-- gpu -->\n" + "\n".join(gpu.table(records)) + "\n<!-- /gpu -->" in README
+    bench = json.loads((ROOT / "experiments/results/kernel_cuda.json").read_text())["rows"]
+    for name, title in (
+        ("ours", "ours, log p and entropy"),
+        ("naive", "naive"),
+        ("CCE", "Cut cross-entropy"),
+    ):
+        row = next(x for x in bench if x["name"] == name and not x["entropy"])
+        numbers = f"{1000 * row['seconds']:.1f} ms | {row['tflops']:.0f} | {row['extra_bytes'] / 1e6:,.0f} MB"
+        assert f"| {title} | {numbers} | {row['errors'][0]:.0e} |".replace("e-0", "e-") in README
 
 
 def test_the_readme_has_the_speeds_that_were_measured():
