@@ -532,9 +532,9 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False, no_gold=
 def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
 
-    The answer column, or where there is none the solution column, holds the bare answer or a text that ends
-    in it (GSM8K's ####, MATH's \\boxed{}). A demonstration may be wrong, the gold may not: it has its own
-    column then.
+    The answer column holds the bare answer or a text that ends in it (GSM8K's ####, MATH's \\boxed{}, "The
+    answer is"); where there is none, the end of the solution is the gold. A demonstration may be wrong, the
+    gold may not: it has its own column then.
     """
     key = args.answer_key if args.answer_key in rows.column_names else args.solution_key
     names = ", ".join(rows.column_names)
@@ -543,7 +543,9 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
         return rows.add_column("gold", [""] * len(rows))
     demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
-    golds = [extract_answer(text) if "\\boxed" in text or "####" in text else text for text in texts]
+    marks = ("\\boxed", "####", "answer is", "answer:")
+    long = [key != args.answer_key or any(mark in text.lower() for mark in marks) for text in texts]
+    golds = [extract_answer(text) if more else text for text, more in zip(texts, long)]
     parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
     demand(parsed, f"--answer-key {key}: not one gold answer parses.")

@@ -6,12 +6,15 @@ import shutil
 import signal
 import time
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, read_jsonl, same_metrics, same_weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.tokenization as tok
+import grpo
+from common.verifier import check_gold, extract_answer
 
 QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 GROUPS = ["grpo", "prefix_rft"]
@@ -285,6 +288,22 @@ def test_golds_that_do_not_parse_are_dropped_and_counted(run, tmp_path, capsys):
     path = write_jsonl(tmp_path / "own.jsonl", [*GSM8K[:5], *bad, *GSM8K[5:8]])
     run("grpo", tmp_path / "run", "--data", path, "--steps", 1, *QUICK)
     assert "9 questions, 7 with a gold answer that parses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "column, text",
+    [("answer", "7"), ("answer", "Answer: 7"), ("answer", "So the answer is 7."), ("solution", "It is 7")],
+)
+def test_a_gold_may_end_a_text_in_any_way_that_an_answer_may(column, text):
+    """An answer column may hold a bare answer; of a solution it is always the end."""
+    rows = datasets.Dataset.from_list([{"question": "a?", column: text}])
+    args = grpo.parse_args([])
+    args.unparseable_gold = 0
+    assert tok.with_gold(rows, args, extract_answer, check_gold)["gold"] == ["7"]
+    named = datasets.Dataset.from_list(
+        [{"question": "a?", "answer": "Ann has 7"}]
+    )  # a text is an answer, too
+    assert tok.with_gold(named, args, extract_answer, check_gold)["gold"] == ["Ann has 7"]
 
 
 def test_a_model_whose_pad_is_eos(run, pad_is_eos, tmp_path):
