@@ -301,9 +301,9 @@ def test_a_gold_may_end_a_text_in_any_way_that_an_answer_may(column, text):
     args.unparseable_gold = 0
     assert tok.with_gold(rows, args, extract_answer, check_gold)["gold"] == ["7"]
     named = datasets.Dataset.from_list(
-        [{"question": "a?", "answer": "Ann has 7"}]
+        [{"question": "a?", "answer": "Monday"}]
     )  # a text is an answer, too
-    assert tok.with_gold(named, args, extract_answer, check_gold)["gold"] == ["Ann has 7"]
+    assert tok.with_gold(named, args, extract_answer, check_gold)["gold"] == ["Monday"]
 
 
 def test_a_model_whose_pad_is_eos(run, pad_is_eos, tmp_path):
