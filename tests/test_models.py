@@ -346,6 +346,26 @@ def test_sft_lowers_the_loss_of_a_real_model(smollm2, run, tmp_path):
 
 
 @pytest.mark.real_model
+def test_a_real_model_in_bf16_samples_nearly_what_is_scored(smollm2):
+    """Far from what the self-check refuses: .1 in the mean."""
+    model, tokenizer = tok.load_model(smollm2)
+    asked = [
+        "What is 12 + 7?",
+        "Tell me a short story about a fox.",
+        "Why is the sky blue?",
+        "Name three fruits.",
+    ]
+    args, prompts = grpo.parse_args(["--max-new-tokens", "24"]), tok.encode_prompts(tokenizer, asked)
+    torch.manual_seed(0)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        responses, sampled = grpo.sample(model, tokenizer, prompts, 1.0, args)
+        tokens, mask = tok.join(prompts, responses, model.device)
+        scored = grpo.score(model, tokens, mask, args)[0].cpu()
+    gap = (scored - tok.align(sampled, mask.cpu())).exp() - 1
+    assert 0.02 < gap.abs()[mask.bool().cpu()].mean() < 0.04
+
+
+@pytest.mark.real_model
 def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
     """Sums of two numbers: it answers some of them right, so groups differ and there is a gradient."""
     sums = [

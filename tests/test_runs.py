@@ -300,9 +300,7 @@ def test_a_gold_may_end_a_text_in_any_way_that_an_answer_may(column, text):
     args = grpo.parse_args([])
     args.unparseable_gold = 0
     assert tok.with_gold(rows, args, extract_answer, check_gold)["gold"] == ["7"]
-    named = datasets.Dataset.from_list(
-        [{"question": "a?", "answer": "Monday"}]
-    )  # a text is an answer, too
+    named = datasets.Dataset.from_list([{"question": "a?", "answer": "Monday"}])  # a text is an answer, too
     assert tok.with_gold(named, args, extract_answer, check_gold)["gold"] == ["Monday"]
 
 
