@@ -81,6 +81,7 @@ COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl +
 COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 MANY_QUESTIONS, MANY_SAMPLES = 100, 64  # of the held-out ones and of the harder ones, for pass@k of large k
+SHOWN = ("base", "sft", "grpo", "sft, then grpo", "prefix_rft", "luffy")  # of pass@k, in the README
 PREFIX, NOISED = "prefix_rft", ", noisy demonstrations"
 
 
@@ -385,7 +386,8 @@ def report(cells, seeds, write):
         both = {"rows": rows, "compared": compared}
         (RESULTS / "results.json").write_text(json.dumps(both, indent=1) + "\n")
         (RESULTS / "results.md").write_text(text + "\n")
-        for name, lines in (tables | {"results": short(rows)}).items():
+        some = covered({cell: every[cell] for cell in SHOWN if cell in every})
+        for name, lines in (tables | {"results": short(rows), "pass@k": some}).items():
             insert(name, lines)
         plot_curves(every)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import common.tokenization as tok
 
-FEW = "--steps 2 --eval-questions 3 --eval-samples 1 --max-new-tokens 24"
+FEW = "--steps 1 --eval-questions 2 --eval-samples 1 --max-new-tokens 20"
 GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2 --minibatches 2"
 RUNS = [  # a script and flags that lead through its branches
     ("sft", ""),
