@@ -103,7 +103,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
                 rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
                 alive = alive[keep]
             mask, position = F.pad(mask, (0, 1), value=1), position + alive[:, None]  # finished rows stay
-    ids, logps, stops = tok.reduce(ids, "MAX"), tok.reduce(logps), stops.tolist()  # on every rank all
+    ids, logps, stops = tok.reduce(ids, "MAX"), tok.reduce(logps), stops.tolist()  # every rank has all
     ids = [tok.cut(x[x >= 0].tolist(), stops, n) for x, n in zip(ids, room.tolist())]
     return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
 

@@ -544,8 +544,8 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
     marks = ("\\boxed", "####", "answer is", "answer:")
-    long = [key != args.answer_key or any(mark in text.lower() for mark in marks) for text in texts]
-    golds = [extract_answer(text) if more else text for text, more in zip(texts, long)]
+    bare = [key == args.answer_key and not any(mark in text.lower() for mark in marks) for text in texts]
+    golds = [text if alone else extract_answer(text) for text, alone in zip(texts, bare)]
     parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
     demand(parsed, f"--answer-key {key}: not one gold answer parses.")

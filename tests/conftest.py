@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 
 CACHE = tempfile.mkdtemp(prefix="datasets-")  # tests leave nothing in the user's cache
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": CACHE}
@@ -17,6 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
+import common.tokenization as tok  # noqa: E402
 import grpo  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
@@ -123,6 +125,25 @@ def pad_is_eos(tmp_path_factory):
     eos = tokenizer.eos_token_id
     gpt2(len(tokenizer), eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def killed_after(step):
+    """A run ends in its log, when the line of this step has been written."""
+    log = tok.log
+
+    def stop(folder, metrics, *samples):
+        log(folder, metrics, *samples)
+        if metrics["step"] == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(tok, "log", stop)
+        yield
+
+
+class Killed(Exception):
+    pass
 
 
 def weights(folder):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, weights
+from conftest import ROOT, killed_after, read_jsonl, weights
 from test_devices import RUNS
 from test_logprob import BOUND, check, inputs
 
@@ -97,19 +97,8 @@ def test_a_script_runs_and_resumes(name, flags, dtype, small, tmp_path):
     """Every number of every line is finite, in training something moves, and half a run goes on."""
     script, out = importlib.import_module(name), tmp_path / "run"
     argv = small(name, out, "--dtype", dtype, *flags.split(), "--gradient-checkpointing")
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # killed after the third of four steps, a checkpoint after two
-        log = tok.log
-
-        def killed(folder, metrics, *more):
-            log(folder, metrics, *more)
-            if metrics["step"] == 3:
-                raise KeyboardInterrupt
-
-        patch.setattr(tok, "log", killed)
-        with pytest.raises(KeyboardInterrupt):
-            script.main(script.parse_args(argv))
+    with killed_after(3):  # of four steps, with a checkpoint after two
+        script.main(script.parse_args(argv))
     script.main(script.parse_args([*argv, "--resume"]))
     lines = [x for x in read_jsonl(out / "metrics.jsonl") if "grad_norm" in x]
     assert [x["step"] for x in lines] == [*range(1, lines[-1]["step"] + 1)] and len(lines) >= 4

@@ -9,7 +9,7 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, read_jsonl, same_metrics, same_weights, write_jsonl
+from conftest import ROOT, SCRIPTS, killed_after, read_jsonl, same_metrics, same_weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.tokenization as tok
@@ -122,24 +122,12 @@ def test_another_seed_is_another_run(name, runs, run, tmp_path):
 # ---- kill and resume -------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_interrupted_run_resumes_to_the_same_bits(name, runs, run, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(name, runs, run, tmp_path):
     """Stopped after the metrics of step 3, one step beyond the checkpoint: that step is made again, once."""
-    log, out = tok.log, tmp_path / "run"
-
-    def stop(folder, metrics, *samples):
-        log(folder, metrics, *samples)
-        if metrics["step"] == 3:
-            raise Killed
-
-    monkeypatch.setattr(tok, "log", stop)
-    with pytest.raises(Killed):
+    out = tmp_path / "run"
+    with killed_after(3):
         run(name, out)
-    monkeypatch.setattr(tok, "log", log)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # a killed run may have been in the middle of a line
     run(name, out, "--resume")
