@@ -39,8 +39,8 @@ def parse_args(argv=None):
     # run
     add("--output-dir", default="runs/dpo", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=200, help="batches to train on; 0 only evaluates")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
+    add("--steps", type=int, default=200, help="batches to train on; 0 trains nothing")
+    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: none while training")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
     # model
     add("--model", default="tiny/model", help="hub name or folder")
@@ -215,8 +215,8 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
-    torch.manual_seed(args.seed)
     train, test = tok.load_splits(args, extract_answer, check_gold)
+    torch.manual_seed(args.seed)
     out, state, model, tokenizer = tok.open_run(args)
     optimizer = tok.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights

@@ -39,8 +39,8 @@ def parse_args(argv=None):
     # run
     add("--output-dir", default="runs/rft_rejection", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=200, help="batches to train on in each round; 0 only evaluates")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
+    add("--steps", type=int, default=200, help="batches to train on in each round; 0 trains nothing")
+    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: none while training")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
     # model
     add("--model", default="tiny/model", help="hub name or folder")
@@ -222,8 +222,8 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
-    torch.manual_seed(args.seed)
     asked, test = tok.load_splits(args, extract_answer, check_gold, demonstrations=args.add_gold)
+    torch.manual_seed(args.seed)
     out, state, model, tokenizer = tok.open_run(args)
     asked = tok.with_gold(asked, args, extract_answer, check_gold) if args.add_gold else asked
     asked = asked.select(range(min(args.questions or len(asked), len(asked))))

@@ -39,8 +39,8 @@ def parse_args(argv=None):
     # run
     add("--output-dir", default="runs/rlhf_ppo", help="metrics, samples, checkpoints, final model")
     add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=100, help="batches to train on; 0 only evaluates")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0 keeps the final model only")
+    add("--steps", type=int, default=100, help="batches to train on; 0 trains nothing")
+    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: none while training")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
     # model
     add("--model", default="tiny/model", help="hub name or folder")
@@ -238,15 +238,16 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
     held_out, train = sum(groups[::10], []), [group for i, group in enumerate(groups) if i % 10]
     optimizer = tok.adamw(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
     order = sum([torch.randperm(len(train)).split(args.batch_size) for _ in range(args.reward_epochs)], ())
-    for i in tok.steps({"step": 0, "faults": 0, "stop": 0}, len(order)):
+    for i in tok.steps(state := {"step": 0, "faults": 0, "stop": 0, "skipped": 0}, len(order)):
         optimizer.param_groups[0]["lr"] = args.reward_lr * (1 - (i - 1) / len(order))
         pairs = sum([train[question] for question in order[i - 1]], [])  # of a question: all in one batch
         tokens, mask = tok.join_pairs(tokenizer, pairs, args.prompt_template, model.device)  # [P, 2, T]
         for some, width in tok.split_by_tokens(mask.amax(1), range(len(pairs)), args.micro_batch_tokens // 2):
             y, m = (x[some, :, :width].flatten(0, 1) for x in (tokens, mask))  # whole pairs, [2B, T]
             pair_loss(tok.at_end(values(reward_model, y), m).view(-1, 2), len(pairs)).backward()
-        tok.reduce_gradients(reward_model.parameters())
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(tok.reduce_gradients(reward_model.parameters()), torch.inf)
+        if tok.finite(norm, state):
+            optimizer.step()
         torch.clear_autocast_cache()  # the bf16 copies of weights that are no more
         optimizer.zero_grad()
     y, m = (x.flatten(0, 1) for x in tok.join_pairs(tokenizer, held_out, args.prompt_template, model.device))
@@ -262,8 +263,8 @@ def gae(rewards, value, response_mask, lam):
     """Advantages A_t and returns A_t + V_t from the rewards and values of tokens; everything [N, T]."""
     advantage, later, after = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):  # gamma is 1: a response is worth what it is at its end
-        later = rewards[:, t] + after - value[:, t] + lam * later  # delta_t + lambda A_t+1
-        later = advantage[:, t] = later * response_mask[:, t]  # after the last token there is nothing
+        # delta_t + lambda A_t+1; after the last token there is nothing
+        later = advantage[:, t] = (rewards[:, t] + after - value[:, t] + lam * later) * response_mask[:, t]
         after = value[:, t] * response_mask[:, t]
     return advantage, advantage + value
 
@@ -313,8 +314,8 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------------------------
 def main(args):
-    torch.manual_seed(args.seed)
     train, test = tok.load_splits(args, extract_answer, check_gold, no_gold=args.annotator == "human")
+    torch.manual_seed(args.seed)
     out, state, model, tokenizer = tok.open_run(args)
     reference = tok.load_model(args.model)[0]  # pi_ref, frozen
     epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows

@@ -9,6 +9,7 @@ Four rules, each the cure of a bug that this field keeps having:
 """
 
 import atexit
+import glob
 import io
 import json
 import os
@@ -447,11 +448,13 @@ def load_split(path, split, columns, flag="--data"):
     is_empty = os.path.isfile(path) and os.path.getsize(path) == 0
     demand(not is_empty, f"{flag} {path}: the file is empty.")
     kind = path.rsplit(".", 1)[-1].replace("jsonl", "json")
-    source = {"data_files": path} if os.path.isfile(path) else dict(zip(("path", "name"), configured(path)))
+    source = dict(zip(("path", "name"), configured(path)))
+    source = {"data_files": glob.escape(path)} if os.path.isfile(path) else source  # it may hold [ or *
     try:
         rows = load_dataset(**{"path": kind} | source, split=split)
     except Exception as error:
-        raise BadInput(f"{flag} {path}: {split} cannot be read ({first_line(error)}).") from None
+        reason = first_line(error.__cause__ or error)
+        raise BadInput(f"{flag} {path}: {split} cannot be read ({reason}).") from None
     demand(len(rows), f"{flag} {path}: {split} has no rows.")
     for key_flag, key in columns.items():
         names = ", ".join(rows.column_names)
@@ -475,16 +478,13 @@ def check_lengths(rows, name, args, demonstrations=False):
         )
     if args.resume:  # the first run has looked
         return
-    source = f"--model {args.model}"
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    except Exception as error:
-        raise BadInput(f"{source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.") from None
+    config = read_folder(AutoConfig, args.model, "--model").get_text_config()
+    tokenizer = read_folder(AutoTokenizer, args.model, "--model")
     try:
         [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
     except Exception as error:
-        raise BadInput(f"{source}: its chat template takes no question ({first_line(error)}).") from None
+        reason = f"its chat template takes no question ({first_line(error)})"
+        raise BadInput(f"--model {args.model}: {reason}.") from None
     positions, budget = getattr(config, "max_position_embeddings", None) or 10**9, args.max_new_tokens
     for i, question in enumerate(rows[args.question_key]):
         answer = texts[i] if demonstrations else ""
@@ -507,19 +507,22 @@ def load_splits(args, extract_answer, check_gold, demonstrations=False, no_gold=
     """
     ranks()  # from here on one process reports
     check_arguments(args)
+    if not args.resume:
+        check_sources(args)
     columns = {"--question-key": args.question_key}
     solution = {"--solution-key": args.solution_key} if demonstrations else {}
     train = load_split(args.data, args.split, columns | solution)
     check_lengths(train, f"{args.data}, {args.split}", args, bool(solution))
     path = args.eval_data or args.data
-    names = split_names(path, "--eval-data")
-    split = args.eval_split or ("test" if "test" in names else names[0] if args.eval_data else None)
+    trained = (args.data, args.split)
+    names = [name for name in split_names(path, "--eval-data") if (path, name) != trained]
+    split = args.eval_split or ("test" if "test" in names else names[0] if args.eval_data and names else None)
     if split:
         test = load_split(path, split, columns, "--eval-data")
         check_lengths(test, f"{path}, {split}", args)
     else:
         demand(len(train) > 1, f"--data {path}: one row cannot be trained on and held out; give --eval-data.")
-        print(f"{path} has no split test: every tenth row of {args.split} is held out and not trained on")
+        print(f"no split test beside it: every tenth row of {args.split} is held out and not trained on")
         test = train.select(range(0, len(train), 10))
         train = train.select([i for i in range(len(train)) if i % 10])
     args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
@@ -540,8 +543,9 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     names = ", ".join(rows.column_names)
     if no_gold and key not in rows.column_names:
         print(f"{len(rows):,} questions without a gold answer: verdicts and utility read as of wrong answers")
-        return rows.add_column("gold", [""] * len(rows))
-    demand(key in rows.column_names, f"--answer-key {key}: no such column, only {names}.")
+        return without(rows, OURS).add_column("gold", [""] * len(rows))
+    missing = f"--answer-key {args.answer_key}, --solution-key {args.solution_key}: no such column"
+    demand(key in rows.column_names, f"{missing}, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
     marks = ("\\boxed", "####", "answer is", "answer:")
     bare = [key == args.answer_key and not any(mark in text.lower() for mark in marks) for text in texts]
@@ -550,8 +554,14 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
     demand(parsed, f"--answer-key {key}: not one gold answer parses.")
     args.unparseable_gold += len(rows) - len(parsed)
-    rows = rows.remove_columns(["gold"] if "gold" in rows.column_names else [])
-    return rows.add_column("gold", golds).select(parsed)
+    return without(rows, OURS).add_column("gold", golds).select(parsed)
+
+
+OURS = ("gold", "demonstrated")  # columns that scripts add; what data has under these names is not read later
+
+
+def without(rows, names):
+    return rows.remove_columns([name for name in names if name in rows.column_names])
 
 
 # ---- model folders and run folders -----------------------------------------------------------------------
@@ -574,9 +584,10 @@ def check_arguments(args):
     for name, given in vars(args).items():
         flag = f"--{name.replace('_', '-')} {given}"
         if isinstance(given, (int, float)):
-            least, most = LEAST.get(name, 0), MOST.get(name, float("inf"))
+            # no limit of its own: what int64 and fp32 hold with room to spare
+            least, most = LEAST.get(name, 0), MOST.get(name, 10**12 if isinstance(given, int) else 1e30)
             least -= name == "k" and getattr(args, "add_gold", False)  # demonstrations without any sample
-            demand(isfinite(given), f"{flag}: must be a finite number.")
+            demand(abs(given) < float("inf"), f"{flag}: must be a finite number.")  # NaN is not below, either
             demand(given >= least, f"{flag}: must be at least {least}.")
             demand(given <= most, f"{flag}: must be at most {most}.")
     demand(args.max_grad_norm > 0, f"--max-grad-norm {args.max_grad_norm}: must be above 0.")
@@ -590,10 +601,37 @@ def check_arguments(args):
     own |= hasattr(args, "k") and not getattr(args, "pairs", None)  # samples are trained as demonstrations
     less = f"less than --max-new-tokens {budget}, samples would be trained without their end; raise it"
     demand(longest >= budget or not own, f"--max-demo-tokens {longest}: {less}.")
+    steered = "--kl-target: what it steers is multiplied by factors; give a --kl-coef above 0."
+    demand(getattr(args, "kl_coef", 1) or not getattr(args, "kl_target", 0), steered)
     asks = "{question}" in args.prompt_template
     demand(
         asks, "--prompt-template: the model would not see the question; write {question} where it belongs."
     )
+
+
+def check_sources(args):
+    """What a script reads later, of --base, --reward-model, --pairs and --preferences, before it samples."""
+    shapes = []
+    for flag in ("--model", "--base") if getattr(args, "base", None) else ():
+        with torch.device("meta"):  # shapes without weights
+            config = read_folder(AutoConfig, getattr(args, flag[2:]), flag)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        shapes.append({name: p.shape for name, p in model.named_parameters()})
+    other = "its weights have other shapes than those of --model; take one of the same architecture"
+    demand(shapes[:1] == shapes[1:], f"--base {getattr(args, 'base', None)}: {other}.")
+    if getattr(args, "reward_model", None):
+        read_folder(AutoConfig, args.reward_model, "--reward-model")
+    for flag in ("--pairs", "--preferences"):
+        if path := getattr(args, flag[2:], None):
+            load_split(path, args.split, {f"column {key}:": key for key in PAIR[1:4]}, flag)
+
+
+def read_folder(kind, source, flag):
+    """A configuration or a tokenizer, as `kind` says, of a hub name or folder."""
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.") from None
 
 
 def load_model(source, recompute=False, flag="--model"):
@@ -652,7 +690,7 @@ def load_scorer(source, tokenizer, args, new_head=False):
         )
     except Exception as error:
         raise BadInput(f"--reward-model {source} cannot be loaded ({first_line(error)}).") from None
-    known = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab().items()
+    known = read_folder(AutoTokenizer, source, "--reward-model").get_vocab().items()
     ids = tokenizer.get_vocab().items()
     demand(ids <= known, f"--reward-model {source}: its tokenizer gives other ids than that of {args.model}.")
     if new_head:  # as Stiennon et al.: scores of about 1
@@ -688,6 +726,8 @@ def check_model(model, tokenizer, missing, name):
     plain = "common/logprob.py computes hidden states times weights; take another model"
     demand(not cap, f"{name}: its logits have a soft cap, and {plain}.")
     demand(bias is None, f"{name}: its head has a bias, and {plain}.")
+    attends = all(hasattr(layer, "batch_select_indices") for layer in Cache(config=model.config).layers)
+    demand(attends, f"{name}: sampling needs attention in all its layers; take another model.")
     eos = tokenizer.eos_token_id
     demand(eos is not None, f"{name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json.")
     stops = {*stop_ids(tokenizer, config), *as_list(model.generation_config.eos_token_id)}
@@ -855,9 +895,7 @@ def steps(state, last):
                 bar.update()
                 faults = "not finite in three updates running; lower --lr, look at the last samples"
                 demand(state["faults"] < 3, f"step {state['step']}: the gradient is {faults}.")
-                if leave := state.get(
-                    "leave", state["stop"]
-                ):  # without `due`, there is no checkpoint to wait for
+                if leave := state.get("leave", state["stop"]):  # without `due` no checkpoint to wait for
                     print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
                     sys.exit(128 + leave)
     finally:

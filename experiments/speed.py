@@ -4,10 +4,10 @@
 
 Same model, questions, group size, budget and batch on both sides, on the CPU, one thread and two; the tiny
 model and a random one of 135 M parameters (the shape of SmolLM2-135M). What the latter writes is right if it
-has an odd number of letters: without rewards that differ grpo.py would train on nothing. Every measurement is
-a process of its own and the sides take turns, so that a busy machine is busy for both. A figure is the median
-over turns of the CPU seconds per step, without the first step, and of the peak memory, in MiB, above that
-before the first step; for sampling, of sampled tokens per CPU second.
+has an odd number of letters, so that every group has both and grpo.py trains on all rows, as TRL does. Every
+measurement is a process of its own and the sides take turns, so that a busy machine is busy for both. What is
+given is the median over turns of the CPU seconds per step, without the first step, and of the peak memory, in
+MiB, above that before the first step; for sampling, of sampled tokens per CPU second.
 """
 
 import argparse
@@ -37,9 +37,13 @@ def odd(completions, golds):
     return [float(len(text) % 2) for text in completions]
 
 
-# questions per step, group size, budget, demonstrations per step, padded tokens of our passes (TRL takes the
-# batch in one), steps of which the first is not counted, reward
-SIZES = {"tiny": (16, 8, 100, 16, 1024, 6, math_reward), "135M": (4, 8, 128, 8, 512, 3, odd)}
+# model/responses: questions a step, group size, budget, demonstrations a step, padded tokens of our passes,
+# rows of TRL's (14 GiB for 32 of the big model), steps of which the first is not counted, reward
+SIZES = {
+    "tiny/128": (16, 8, 100, 16, 1024, 128, 6, math_reward),
+    "135M/32": (4, 8, 128, 8, 512, 32, 3, odd),
+    "135M/128": (16, 8, 128, 8, 512, 32, 2, odd),
+}
 
 
 def big_model(folder):
@@ -52,6 +56,7 @@ def big_model(folder):
     shape |= dict(num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
     ends = [tokenizer.eos_token_id, *range(480, 49152, 32)]
     LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=ends, pad_token_id=1)).save_pretrained(folder)
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), 49152)])  # else most of its text is empty
     tokenizer.save_pretrained(folder)
 
 
@@ -87,7 +92,7 @@ UNITS = {"sampling": "sampling: tokens/s", "sft": "sft.py: s a step", "grpo": "g
 
 
 def ours(script, model, size, out):
-    questions, group, budget, demonstrations, micro, steps, grpo.math_reward = size
+    questions, group, budget, demonstrations, micro, _, steps, grpo.math_reward = size
     meter, count = Meter(), tok.steps
 
     def watched(state, last):
@@ -113,7 +118,7 @@ def trl(kind, model, size, out):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    questions, group, budget, demonstrations, _, steps, judge = size
+    questions, group, budget, demonstrations, _, rows_of_a_pass, steps, judge = size
     meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(model)
 
     class Watch(TrainerCallback):
@@ -138,7 +143,9 @@ def trl(kind, model, size, out):
     else:
         method = dict(num_generations=group, max_completion_length=budget, loss_type="dr_grpo", beta=0.0)
         method |= dict(scale_rewards="none", temperature=1.0, learning_rate=2e-4)
-        config = GRPOConfig(**same, **method, per_device_train_batch_size=questions * group)
+        passes = questions * group // rows_of_a_pass  # of one update, on responses that are sampled at once
+        method |= dict(per_device_train_batch_size=rows_of_a_pass, gradient_accumulation_steps=passes)
+        config = GRPOConfig(**same, **method)
         data = data.add_column("gold", [row["answer"] for row in rows])
         reward = lambda completions, gold, **_: judge(completions, gold)  # noqa: E731
         trainer = GRPOTrainer(model, reward, config, train_dataset=data, processing_class=tokenizer)
@@ -149,20 +156,20 @@ def trl(kind, model, size, out):
 
 @torch.no_grad()
 def sampling(side, model, size):
-    """Sampled tokens per CPU second: 512 responses of the tiny model, a step's 32 of the big one."""
+    """Sampled tokens per CPU second: 512 responses of the tiny model, those of a step of the big one."""
     questions, group, budget, *_ = size
     net, tokenizer = tok.load_model(model)
-    asked = rows_of(questions if size == SIZES["135M"] else 512 // group)
+    asked = rows_of(512 // group if size == SIZES["tiny/128"] else questions)
     prompts = tok.encode_prompts(tokenizer, [r["question"] for r in asked]) * group
     stops, rates = tok.stop_ids(tokenizer, net.config), []
     args = grpo.parse_args(["--max-new-tokens", str(budget)])
-    for turn in range(3):
+    for turn, some in enumerate((prompts[:group], prompts, prompts)):  # the first warms up
         torch.manual_seed(turn)
         began = time.process_time()
         if side == "ours":
-            responses, _ = grpo.sample(net, tokenizer, prompts, 1.0, args)
+            responses, _ = grpo.sample(net, tokenizer, some, 1.0, args)
         else:
-            tokens, mask = tok.pad(prompts, side="left")
+            tokens, mask = tok.pad(some, side="left")
             plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=budget)
             ids = net.generate(tokens, attention_mask=mask, **plain, eos_token_id=stops, pad_token_id=1)
             responses = [tok.cut(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]
@@ -198,9 +205,11 @@ def measured(what, model, name, threads, turns):
 
 
 def table(records):
-    head = "| model | threads | | ours | theirs | ours / theirs | MiB, ours | theirs | ours / theirs |"
+    head = (
+        "| model/responses | threads | | ours | theirs | ours / theirs | MiB, ours | theirs | ours / theirs |"
+    )
     text, form = [head, "|---" * 9 + "|"], lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-    for name, found in sorted(records.items(), key=lambda item: item[0].split(", ")[0] == "135M"):
+    for name, found in sorted(records.items(), key=lambda item: list(SIZES).index(item[0].split(", ")[0])):
         line = name.split(", ")
         for key in found["ours"]:
             a, b = found["ours"][key], found.get("theirs", {}).get(key, float("nan"))
@@ -226,10 +235,11 @@ def main():
         return
     records = json.loads(RECORDS.read_text()) if args.write and RECORDS.exists() else {}
     with tempfile.TemporaryDirectory() as big:
-        if "135M" in args.models:
-            big_model(big)
+        big_model(big)
         for name, threads, what in product(args.models, args.threads, args.what):
-            model = big if name == "135M" else str(ROOT / "tiny/model")
+            if (name, what) == ("135M/128", "sft"):
+                continue  # has no responses: as with 32
+            model = str(ROOT / "tiny/model") if name == "tiny/128" else big
             found = measured(what, model, name, threads, args.turns)
             key = f"{name}, {threads}, {UNITS[what]}"
             records[key] = found

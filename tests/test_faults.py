@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, read_jsonl, same_metrics, same_weights, write_jsonl
 from tqdm import tqdm
+from transformers import MambaConfig, MambaForCausalLM
 
 import common.tokenization as tok
 
@@ -374,11 +375,15 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--data {empty}": "empty.jsonl: the file is empty",
     "--data {no_rows}": "no_rows.csv: train ",
     "--data {broken}": "broken.jsonl: train cannot be read",
+    "--data {uneven}": "uneven.csv: train cannot be read (Error tokenizing data. C error: Expected 3 fields",
     "--data {binary}": "binary.parquet",
     "--data {one} ": "one row cannot be trained on and held out",
     "--question-key questoin": "--question-key questoin: no such column in {data}, only question, answer",
     "--solution-key solutoin": ("--solution-key solutoin: no such column", DEMONSTRATIONS),
-    "--answer-key {nothing} --solution-key {nothing}": ("no such column", ("grpo", "dpo")),
+    "--answer-key {nothing} --solution-key {nothing}": (
+        "--answer-key x, --solution-key x: no such column",
+        ("grpo", "dpo"),
+    ),
     "--split trian": "no split trian, only",
     "--eval-split tset": "no split tset, only",
     "--data {blank} --eval-data {data}": "blank.jsonl, train, row 1: --question-key question holds no text",
@@ -404,6 +409,13 @@ BAD = {  # flags: what the sentence says, and of which scripts
         ("rft_rejection", "dpo"),
     ),
     "--max-demo-tokens 39": ("--max-demo-tokens 39: less than --max-new-tokens", ("idft_hinted",)),
+    "--kl-target 5 --kl-coef 0": ("--kl-target: what it steers", ("rlhf_ppo",)),
+    "--base nowhere/at-all": ("--base nowhere/at-all cannot be loaded", ("rft_rejection",)),
+    "--base {wide}": ("its weights have other shapes than those of --model", ("rft_rejection",)),
+    "--pairs nowhere/at-all": ("--pairs nowhere/at-all: no data file", ("dpo",)),
+    "--pairs {one}": ("column prompt: prompt: no such column", ("dpo",)),
+    "--preferences nowhere/at-all": ("--preferences nowhere/at-all: no data file", ("rlhf_ppo",)),
+    "--reward-model nowhere/at-all": ("--reward-model nowhere/at-all cannot be loaded", ("rlhf_ppo",)),
     "--resume": "--resume: there is no checkpoint in ",
     "--output-dir {file}/run": "cannot be written",
     "--output-dir {file}": "cannot be written",
@@ -416,6 +428,7 @@ BAD_MODELS = {
     "nan": "model.norm.weight holds NaN or inf",
     "template": "its chat template takes no question",
     "no_tokenizer": "cannot be loaded",
+    "recurrent": "sampling needs attention in all its layers",
 }
 
 
@@ -441,7 +454,11 @@ def files(tmp_path_factory, data):
     (folder / "no_rows.csv").write_text("question,answer,solution\n")
     (folder / "broken.jsonl").write_text('{"question": "a"\nnonsense\n')
     (folder / "binary.parquet").write_bytes(bytes(range(256)))
+    (folder / "uneven.csv").write_text("question,answer,solution\na?,1,1\na?,1,1,1\n")
     (folder / "empty_folder").mkdir()
+    config = json.loads((ROOT / "tiny/model/config.json").read_text())
+    (folder / "wide").mkdir()
+    (folder / "wide/config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
     (folder / "file").write_text("")
     (folder / "words.txt").write_text("a?")
     return {path.stem: str(path) for path in folder.iterdir()} | {"data": data, "nothing": "x"}
@@ -499,7 +516,7 @@ def test_a_number_out_of_range_is_named(name, flags, earlier, capsys):
     for key, default in numbers.items():
         flag = "--" + key.replace("_", "-")
         bad = [tok.LEAST.get(key, 0) - 1] + [tok.MOST.get(key, 0) + 1] * (key in tok.MOST)
-        bad += ["nan", "inf"] if isinstance(default, float) else []
+        bad += ["nan", "inf"] if isinstance(default, float) else ["1" + 400 * "0"]  # no float holds it
         for value in bad:
             said = refused(SCRIPTS[name], flags(name, earlier, f"{flag}={value}"), capsys)
             assert said.startswith(f"error: {flag} {value}"), said
@@ -519,6 +536,8 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     made = {name: shutil.copytree(ROOT / "tiny/model", root / name) for name in BAD_MODELS}
     (made["no_tokenizer"] / "tokenizer.json").unlink()
+    layers = MambaConfig(vocab_size=479, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(layers).save_pretrained(made["recurrent"])
     settings = json.loads((made["no_eos"] / "tokenizer_config.json").read_text())
     (made["no_eos"] / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
     (made["template"] / "chat_template.jinja").write_text("{{ raise_exception('no') }}")

@@ -1,5 +1,6 @@
 """IDFT and hinted decoding: printed values, gradients against float64, decoding against a plain loop, SFT."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, read_jsonl, same_metrics, same_weights, weights, write_jsonl
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 import common.tokenization as tok
 import idft_hinted as idft
@@ -306,6 +308,18 @@ def train(small):
         return out
 
     return go
+
+
+def test_a_language_model_within_a_model_of_images_is_trained(train, tmp_path):
+    """Its vocabulary is in a configuration within the configuration."""
+    folder = shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    torch.manual_seed(0)
+    image = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = image | dict(vocab_size=479, head_dim=16, num_key_value_heads=2, sliding_window=64)
+    config = Gemma3Config(text_config=text, vision_config=image | dict(image_size=28, patch_size=14))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    out = train(tmp_path / "run", "--model", folder, "--hinted", "off", "--steps", 1, "--max-new-tokens", 8)
+    assert read_jsonl(out / "metrics.jsonl")[1]["grad_norm"] > 0
 
 
 @pytest.fixture(scope="module")

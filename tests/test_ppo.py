@@ -117,6 +117,10 @@ def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
         tok.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
     foreign = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     foreign.add_tokens(["something else"])
+    alone = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    alone.save_pretrained(tmp_path / "alone")
+    with pytest.raises(tok.BadInput, match="alone cannot be loaded"):
+        tok.load_scorer(tmp_path / "alone", tiny[1], SETTINGS)
     with pytest.raises(tok.BadInput, match="tokenizer gives other ids"):
         tok.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
 
@@ -432,6 +436,25 @@ def test_the_start_model_scores_zero_on_average_and_the_folder_is_ordinary(fit):
     assert plain.config.num_labels == 1 and plain.dtype == torch.float32
     before = AutoModelForTokenClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).state_dict()
     assert not [k for k, v in plain.state_dict().items() if torch.equal(v, before[k])]  # every weight learns
+
+
+def test_an_update_of_the_reward_model_that_is_not_finite_is_skipped(fit, monkeypatch):
+    """NaN in one batch moves no weight; in three running it ends the run."""
+    loss, calls, bad = ppo.pair_loss, [], {2}
+
+    def faulty(*args):
+        calls.append(0)
+        return loss(*args) * (float("nan") if len(calls) in bad else 1.0)
+
+    monkeypatch.setattr(ppo, "pair_loss", faulty)
+    flags = ("--batch-size", 5, "--micro-batch-tokens", 10**6)  # a pass for each of five updates
+    folder, line, _ = fit("run", *flags)
+    assert len(calls) == 5 and 0 <= line["pair_accuracy"] <= 1 and line["eval_score"] == line["eval_score"]
+    scorer = AutoModelForTokenClassification.from_pretrained(folder)
+    assert all(p.isfinite().all() for p in scorer.parameters())
+    bad |= {8, 9, 10}
+    with pytest.raises(tok.BadInput, match="step 5: the gradient is not finite in three"):
+        fit("other", *flags)
 
 
 def test_micro_batches_change_no_reward_model(fit):

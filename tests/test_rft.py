@@ -251,10 +251,14 @@ def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch
     assert bool(state["optimizer"]["state"]) is (restart == "continue")
 
 
-def test_another_model_can_be_the_base(train, pad_is_eos, tmp_path, monkeypatch):
-    """RFT as published samples from one model and trains another; here of another kind: it fails."""
-    with pytest.raises(RuntimeError, match="state_dict"):
-        train(tmp_path / "run", "--base", pad_is_eos)
+def test_another_model_can_be_the_base(train, tmp_path, monkeypatch):
+    """RFT as published samples from one model and trains another, of the same shapes."""
+    other, tokenizer = tok.load_model(ROOT / "tiny/model")
+    with torch.no_grad():
+        [p.mul_(1.01) for p in other.parameters()]
+    tok.save_model(tmp_path / "other", other, tokenizer)
+    interrupt(train, tmp_path / "run", 4, monkeypatch, "--base", tmp_path / "other")
+    same_weights(tmp_path / "run" / "checkpoint-000003", tmp_path / "other")
 
 
 def test_the_temperature_is_of_the_samples_alone(train, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.tokenization as tok
 import grpo
+import sft
 from common.verifier import check_gold, extract_answer
 
 QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
@@ -258,7 +259,7 @@ FORMATS = {
 def test_a_jsonl_file_of_ones_own(name, kind, run, tmp_path, capsys):
     """GSM8K's ####, MATH's boxed solution without an answer column; a tenth is held out where no test is."""
     rows, keys = FORMATS[kind]
-    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    path = write_jsonl(tmp_path / "own [1].jsonl", rows)  # no pattern, but a name
     out = run(
         name, tmp_path / "run", "--data", path, *keys.split(), "--steps", 2, *QUICK, "--eval-questions", 9
     )
@@ -268,6 +269,26 @@ def test_a_jsonl_file_of_ones_own(name, kind, run, tmp_path, capsys):
     held_out = {row.get("question", row.get("problem")) for row in rows[::10]}
     for line in read_jsonl(out / "samples.jsonl"):
         assert line["question"] not in held_out and line["gold"].isdigit()
+
+
+def test_a_split_that_is_trained_is_not_held_out(data, capsys):
+    """A benchmark has a split `test` only: trained on it, a tenth of it is kept apart."""
+    args = sft.parse_args(["--data", str(data), "--split", "test", "--max-new-tokens", "20"])
+    train, test = tok.load_splits(args, extract_answer, check_gold, demonstrations=True)
+    assert "every tenth row of test" in capsys.readouterr().out
+    assert len(train) and len(test) and not {*train["question"]} & {*test["question"]}
+
+
+def test_columns_of_data_that_have_our_names(run, tmp_path):
+    """`gold` and `demonstrated` are added by scripts."""
+    rows = [row | {"gold": "none", "demonstrated": "no"} for row in MATH]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    keys = ["--question-key", "problem", "--data", path, "--steps", 1, *QUICK]
+    out = run("prefix_rft", tmp_path / "run", *keys)
+    assert all(line["gold"].isdecimal() for line in read_jsonl(out / "samples.jsonl"))
+    unjudged = datasets.Dataset.from_list([{"question": "a?", "gold": "none"}])
+    args = grpo.parse_args([])
+    assert tok.with_gold(unjudged, args, extract_answer, check_gold, no_gold=True)["gold"] == [""]
 
 
 def test_golds_that_do_not_parse_are_dropped_and_counted(run, tmp_path, capsys):
