@@ -543,7 +543,7 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     names = ", ".join(rows.column_names)
     if no_gold and key not in rows.column_names:
         print(f"{len(rows):,} questions without a gold answer: verdicts and utility read as of wrong answers")
-        return without(rows, OURS).add_column("gold", [""] * len(rows))
+        return without_ours(rows).add_column("gold", [""] * len(rows))
     missing = f"--answer-key {args.answer_key}, --solution-key {args.solution_key}: no such column"
     demand(key in rows.column_names, f"{missing}, only {names}.")
     texts = ["" if text is None else str(text).strip() for text in rows[key]]
@@ -554,14 +554,12 @@ def with_gold(rows, args, extract_answer, check_gold, no_gold=False):
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {key})")
     demand(parsed, f"--answer-key {key}: not one gold answer parses.")
     args.unparseable_gold += len(rows) - len(parsed)
-    return without(rows, OURS).add_column("gold", golds).select(parsed)
+    return without_ours(rows).add_column("gold", golds).select(parsed)
 
 
-OURS = ("gold", "demonstrated")  # columns that scripts add; what data has under these names is not read later
-
-
-def without(rows, names):
-    return rows.remove_columns([name for name in names if name in rows.column_names])
+def without_ours(rows):
+    """Scripts add columns of these names; what data has under them is not read any more."""
+    return rows.remove_columns([name for name in ("gold", "demonstrated") if name in rows.column_names])
 
 
 # ---- model folders and run folders -----------------------------------------------------------------------
