@@ -45,6 +45,21 @@ def test_the_draws_of_two_methods_are_the_same():
     assert low < mean < high
 
 
+def test_one_number_a_run_has_students_interval():
+    """Of 1, 2, 3, 4, 5 the mean is 3, the standard error sqrt(2.5 / 5), t(4) = 2.776."""
+    got = reproduce.interval(torch.arange(1.0, 6)[:, None])
+    assert got == pytest.approx([3, 3 - 1.963, 3 + 1.963], abs=1e-3)
+
+
+def test_many_samples_are_compared_on_the_seeds_that_were_asked():
+    """4 of 64 are a right answer, and less than 8."""
+    every = {"base": [run_of(0, 0)], "sft": [run_of(seed, 4) for seed in range(5)]}
+    del every["sft"][0]["many_harder"]
+    for number, gain in (("pass@64", 0.5), ("pass@64, harder", 0.5), ("8 of 64, harder", 0)):
+        got = reproduce.versus(every, "sft", "base", number)
+        assert got["seeds"] == 5 - ("harder" in number) and got["gain"][0] == gain
+
+
 def test_the_claims_are_about_cells():
     numbers = {"pass@1", *reproduce.SPLITS, *reproduce.OF_RUN, *reproduce.OF_MANY}
     for _, _, pairs in reproduce.CLAIMS:
@@ -55,7 +70,7 @@ def test_the_claims_are_about_cells():
 def run_of(seed, right, **more):
     levels = [1 + i % 6 for i in range(300)]
     asked = {split: [right] * n for split, (n, _) in reproduce.SPLITS.items()} | {"test_greedy": [1] * 300}
-    many = {name: [0] * 50 + [right] * 50 for name in reproduce.OF_MANY.values()}
+    many = {name: [0] * 50 + [right] * 50 for name, _ in reproduce.OF_MANY.values()}
     return {"seed": seed, "levels": levels} | many | asked | more
 
 
@@ -80,7 +95,7 @@ def test_a_claim_needs_three_seeds_and_every_comparison():
     verdicts = [[up, down], [up, other], [other], [level], [up, few], [up, none]]
     assert [reproduce.verdict(some) for some in verdicts] == [
         "reproduced",
-        "not reproduced: 1 of 2 hold, 1 of 2 are the reverse",
+        "not reproduced: 1 of 2 holds, 1 of 2 the reverse",
         "not reproduced: the reverse",
         "not reproduced",
         "too few seeds",
@@ -96,10 +111,10 @@ def test_the_lead_of_a_prefix_is_over_the_completions_without_one():
 
 def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
     every = {"base": [run_of(0, 32)], "sft": [run_of(seed, 64) for seed in (0, 1)]}
-    every["sft"][0]["many_harder"] = [64] * 25 + [0] * 25 + [64] * 50
+    every["sft"][0]["many_harder"] = [64] * 25 + [4] * 25 + [64] * 50
     *_, base, sft = reproduce.covered(every)
-    assert base.startswith("| base, harder | 0.25 | 0.38 | ") and base.endswith(" | 0.50 | 0.00 | 1 |")
-    assert sft.startswith("| sft, harder | 0.62 | 0.62 | ") and sft.endswith(" | 0.62 | 0.25 | 2 |")
+    assert base.startswith("| base, harder | 0.25 | 0.38 | ") and base.endswith(" | 0.50 | 0.50 | 1 |")
+    assert sft.startswith("| sft, harder | 0.63 | 0.64 | ") and sft.endswith(" | 0.75 | 0.62 | 2 |")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,7 @@ def test_a_cell_is_what_the_command_of_today_would_run(file):
         script, *flags = part.split()
         today = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert reproduce.settings(vars(today)) == args
-    for name in reproduce.OF_MANY.values():  # records that are older than this column lack it
+    for name, _ in reproduce.OF_MANY.values():  # records that are older than this column lack it
         many = record.get(name, [0] * reproduce.MANY_QUESTIONS)
         assert len(many) == reproduce.MANY_QUESTIONS and 0 <= min(many) <= max(many) <= reproduce.MANY_SAMPLES
     assert record["cell"] == "base" or len(record["args"]) == len(record["command"].split(" && "))
