@@ -43,9 +43,11 @@ def words(name):
 
 def math(text):
     """An equation: _x, _{xy}, ^x and ^{xy} become lowered and raised; nothing else is mark-up."""
-    text = escape(text)
-    for mark, tag in (("_", "sub"), ("^", "sup")):
-        text = re.sub(rf"{re.escape(mark)}(?:\{{([^{{}}]*)\}}|(\w))", rf"<{tag}>\1\2</{tag}>", text)
+    text, before = escape(text), None
+    while text != before:  # one level of nesting a turn
+        before = text
+        for mark, tag in (("_", "sub"), ("^", "sup")):
+            text = re.sub(rf"{re.escape(mark)}(?:\{{([^{{}}]*)\}}|(\w))", rf"<{tag}>\1\2</{tag}>", text)
     return f'<span class="eq">{text}</span>'
 
 
@@ -358,6 +360,8 @@ def zoo_page():
         text = f"<p>{escape(bug['symptom'])}</p><p class=soft>{link}. Met in "
         text += "; ".join(map(source_link, bug["source"]))
         text += f". Killed by <code>{escape(bug['killed_by'])}</code>. "
+        if "run" in bug:
+            text += f"It shows with <code>{bug['run']}</code>. "
         text += f"To hunt it: <code>python docs/exercise.py bug --seed {seed}</code></p>"
         head = f'<h2 id="{name}">{escape(bug["title"])}</h2>'
         code = f'<pre tabindex="0">{code}</pre><div class="prose">{text}</div>'
@@ -371,9 +375,20 @@ def zoo_page():
     return page("The bug zoo", f'<p class="prose">{intro}</p>{"".join(parts)}')
 
 
+def one_equation():
+    """The equation of the README and its table, a row a script."""
+    section = (ROOT / "README.md").read_text().split("## The one equation\n")[1].split("\n## ")[0]
+    equation = re.search(r"^    (.+?)    ", section, re.M)[1]
+    rows = [row[1:-1].split("|") for row in section.split("\n") if row.startswith("| ")]
+    cells = ["".join(f"<td>{prose(cell.strip())}</td>" for cell in row) for row in rows]
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'{math(equation)}<div class="wide" tabindex="0"><table>{table}</table></div>'
+
+
 def index_page():
     lessons = words("docs/lessons.toml")
     out = [f"<p>One readable file for each algorithm of LLM post-training: {reference('README.md')}.</p>"]
+    out.append(f"<h2>The one equation</h2>{one_equation()}")
     out.append("<h2>Reading path</h2>")
     for walk in lessons["walk"]:
         steps = "".join(f"<li>{prose(step)}</li>" for step in walk["steps"])

@@ -2,12 +2,15 @@
 
 python docs/exercise.py grpo             # writes exercises/grpo/: docs/exercises.toml says what is blank
 python docs/exercise.py grpo             # again, after editing exercises/grpo/grpo.py: what is right by now?
-python docs/exercise.py bug --seed 7     # one of tests/zoo/bugs.toml: find the line, mend it, run this again
+python docs/exercise.py bug --seed 19    # one of tests/zoo/bugs.toml: find the line, mend it, run this again
+
+A bug is found by reading, not by a diff with the repository: say what the line does to a gradient first.
 """
 
 import argparse
 import ast
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +50,20 @@ def blanked(script, marks):
     return "\n".join(lines)
 
 
+def workshop_files(script, marks):
+    """The script with its blanks; and its siblings, blank where the same lines would be the solution."""
+    lines, files = (ROOT / f"{script}.py").read_text().split("\n"), []
+    for path in sorted(ROOT.glob("*.py")):
+        others, same = path.read_text().split("\n"), []
+        for mark in marks:
+            with suppress(ValueError):  # there is no such span in this sibling
+                (a, b, _), (c, d, _) = span(lines, mark), span(others, mark)
+                same += [mark] * (lines[a : b + 1] == others[c : d + 1])
+        if same:
+            files.append((path.name, blanked(path.stem, same)))
+    return files
+
+
 def verdict(seen):
     """open, wrong or right, from what happened to the tests of a span."""
     if any(exception == "NotImplementedError" for *_, exception in seen):
@@ -58,7 +75,7 @@ def fill_in(script, out):
     """Blank the script unless that has been done, and print what has been solved."""
     marks = EXERCISES[script]
     if not out.exists():
-        workspace(out, [(f"{script}.py", blanked(script, marks))])
+        workspace(out, workshop_files(script, marks))
         print(f"written: {out}/{script}.py with {len(marks)} blanks; write them and run this command again")
     names = [span((ROOT / f"{script}.py").read_text().split("\n"), mark)[2] for mark in marks]
     results = run({name: (out.resolve(), mark["tests"]) for name, mark in zip(names, marks)})
@@ -76,6 +93,8 @@ def find_bug(seed, out):
     if not out.exists():
         workspace(out, [patched(bug)])
         print(f"written: {out}, where one line of {bug['file']} is wrong. What one sees: {bug['symptom']}")
+        if "run" in bug:
+            print(f"It shows with {bug['run']}; with the default flags it does not.")
     [(status, _)] = run({"bug": (out.resolve(), [bug["killed_by"]])}).values()
     said = f"gone. It was: {bug['title']} ({', '.join(bug['source'])})" if status == 0 else "still there."
     print(f"The bug is {said}")

@@ -129,6 +129,12 @@ def test_mark_up_of_equations():
         build.math("π_{old}^2 < x_t")
         == '<span class="eq">π<sub>old</sub><sup>2</sup> &lt; x<sub>t</sub></span>'
     )
+    assert build.math("z_{y_t}") == '<span class="eq">z<sub>y<sub>t</sub></sub></span>'
+
+
+def test_the_index_has_the_one_equation_and_a_row_for_every_script(site):
+    html = (site[0] / "index.html").read_text()
+    assert "weight[i,t]" in html and all(f"<td><code>{name}.py</code></td>" in html for name in build.SCRIPTS)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def verdicts(tmp_path_factory):
     blank = workspace(tmp_path_factory.mktemp("blank"), texts)
     whole = workspace(tmp_path_factory.mktemp("whole"))
     jobs = {f"blank {name}": (blank, mark["tests"]) for name, (_, mark) in MARKS.items()}
+    for script, marks in exercise.EXERCISES.items():  # solved, while the siblings are still blank
+        texts = [x for x in exercise.workshop_files(script, marks) if x[0] != f"{script}.py"]
+        assert all("NotImplementedError" in text for _, text in texts)
+        solved = workspace(tmp_path_factory.mktemp("solved"), texts)
+        jobs[f"solved {script}"] = (solved, [test for mark in marks for test in mark["tests"]])
     every = sorted({test for _, mark in MARKS.values() for test in mark["tests"]})
     return run(jobs | {"whole": (whole, every)})
 
@@ -35,6 +40,17 @@ def verdicts(tmp_path_factory):
 @pytest.mark.parametrize("name", MARKS)
 def test_a_blank_is_open(name, verdicts):
     assert exercise.verdict(verdicts[f"blank {name}"][1]) == "open"
+
+
+@pytest.mark.parametrize("script", exercise.EXERCISES)
+def test_blank_siblings_do_not_matter(script, verdicts):
+    assert exercise.verdict(verdicts[f"solved {script}"][1]) == "right"
+
+
+def test_no_sibling_gives_a_solution_away():
+    files = dict(exercise.workshop_files("grpo", exercise.EXERCISES["grpo"]))
+    assert files.keys() == {"grpo.py", "prefix_rft.py", "rlhf_ppo.py"}
+    assert "surrogate = " not in files["prefix_rft.py"] and "def draw_prefix" in files["prefix_rft.py"]
 
 
 def test_the_script_itself_is_right(verdicts):

@@ -79,10 +79,10 @@ TWO_MASK = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0,
 TWO_A = torch.tensor([[0.75], [-0.25], [-0.25], [-0.25]], dtype=torch.float64) * TWO_MASK
 
 
-def test_weight_of_sft():
-    for script in (sft, rft_rejection):
-        factor, _ = on_two_tokens(lambda logp, _, of=script: of.sft_loss(logp, TWO_MASK, TWO_MASK.sum()))
-        close(factor, -TWO_MASK * 1 / 13)
+@pytest.mark.parametrize("script", [sft, rft_rejection])
+def test_weight_of_sft(script):
+    factor, _ = on_two_tokens(lambda logp, _: script.sft_loss(logp, TWO_MASK, TWO_MASK.sum()))
+    close(factor, -TWO_MASK * 1 / 13)
 
 
 @pytest.mark.parametrize(
