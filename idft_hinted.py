@@ -2,7 +2,7 @@
 
 Zhang et al., Towards On-Policy SFT, arXiv 2602.12222; DFT: Wu et al., 2508.05629. The centered log-likelihood
 of a token, phi = log p + H, log-probability plus entropy of the distribution it is from, has mean 0 on the
-model's own samples in every context; most text of another style lies below. Of it two things are made:
+model's own samples in every context; most text of another style lies below. It has two uses here:
 
     L = - 1/Z sum_i sum_t m_it sg(p_it ^ gamma_it) log p_it        gamma = clamp(exp(-phi), 0.1, 2)
     log m = (1 - lam) log p_hinted + lam log q_student + const     lam = clamp(beta H(p_hinted) / log V, 0, 1)

@@ -2,7 +2,7 @@
 
 Huang et al., Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling, arXiv 2507.01679.
 The hybrid, y*_<L + own continuation, is judged like any rollout and shares its group's baseline: the policy
-imitates a demonstration as far as that leads it to more than it reaches alone. Against grpo.py:
+imitates a demonstration as far as that earns more reward than it gets alone. Against grpo.py:
 
     data    G - 1 own completions and one hybrid, L = int(l |y*|), l ~ U[low(s), high]; low decays by cosine
     weight  I_clip r A on both parts of the hybrid, old_logp of the prefix is the current policy's

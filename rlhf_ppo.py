@@ -14,7 +14,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against grpo.py
     mask    the response, EOS included
     Z       all tokens of the optimizer batch
 The critic starts as the reward model and is fitted to the returns A + V. No verdict reaches the policy:
-right answers are known to the simulated annotator, and to the log as `utility`, what the score stands for.
+only the simulated annotator knows right answers; the log has its `utility`, which the score stands for.
 
     python rlhf_ppo.py                                   # tiny world, 2 cores, minutes: utility 1.5 -> 2.2
     python rlhf_ppo.py --annotator human --stop-after preferences        # you choose; --resume goes on

@@ -10,7 +10,7 @@ grad L = - 1/Z sum mask weight grad log pi:
     weight  1
     mask    the response, EOS included; nothing of the prompt
     Z       response tokens of the whole optimizer batch; a mean of micro-batches' means is something else:
-            it weighs a token by its neighbours' lengths, a fault that made baselines weak (2604.23747)
+            it weighs a token by its micro-batch's length, a fault that made baselines weak (2604.23747)
 
     python sft.py                                        # tiny world, 2 cores, minutes: pass@1 0.26 -> 0.94
     python sft.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 5e-5 --schedule cosine

@@ -20,7 +20,7 @@ Backward, with the upstream gradients g of log p_t and k of H, and x_j = z_j - m
     dz_j = g·[j = t] + e^x_j·(a + b·x_j)        a = (k·(log s - H) - g) / s        b = -k / s
     dh = Σ_j dz_j·w_j / T                       dw_j = Σ_tokens dz_j·h / T
 
-A fourth GEMM is the price of a largest temporary of [N, chunk]. On CUDA, Triton kernels make the tiles and
+A fourth GEMM, z again, keeps every temporary within [N, chunk]. On CUDA, Triton kernels make the tiles and
 their epilogues, and library GEMMs make dh and dW; elsewhere torch takes the same steps, each below its twin.
 No atomics and no tuning by shape: results are deterministic and, from Triton, log p and H of a token do not
 depend, to the bit, on the rest of the batch. Heads with a bias or a soft-cap are not supported: their logits

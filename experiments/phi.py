@@ -4,9 +4,11 @@
 
 Towards On-Policy SFT (arXiv 2602.12222) says so and gives no number. Here: responses of the tiny base model
 at T = 1 against demonstrations, against noisy demonstrations and against its own samples at T = 0.3, on 300
-held-out questions: one demonstration, ten samples of each. A response's score is the mean over its first n
-tokens; responses that are shorter are left out. AUROC is the chance that a random own response scores above
-a random foreign one; intervals are the middle 95 % of 500 bootstrap draws over responses.
+held-out questions: one demonstration, ten samples of each. A response's score is the mean over the tokens of
+a window, by which shorter responses are left out. AUROC is the chance that a random own response scores above
+a random foreign one; intervals are the middle 95 % of 1,000 bootstrap draws over questions. `texts`: distinct
+windows of the foreign responses. Demonstrations all begin in one of a few ways, so what holds of their first
+tokens holds of a few texts.
 """
 
 import sys
@@ -19,19 +21,31 @@ sys.path.insert(0, str(ROOT))
 import idft_hinted as idft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 
+WINDOWS = ((0, 1), (0, 8), (8, 16), (0, 32))  # tokens of a response, from and to
+TIMES = 1000
+
 
 def auroc(own, foreign):
     """P(own > foreign) + P(own = foreign) / 2 over all pairs."""
-    pairs = own[:, None] - foreign[None]
-    return ((pairs > 0).float() + (pairs == 0).float() / 2).mean().item()
+    own = own.sort().values.contiguous()
+    below, not_above = (torch.searchsorted(own, foreign, right=right) for right in (False, True))
+    return 1 - (below + not_above).double().mean().item() / 2 / len(own)
 
 
-def interval(own, foreign, times=500):
-    dice = torch.Generator().manual_seed(0)
-    pick = lambda x: x[torch.randint(len(x), (len(x),), generator=dice)]  # noqa: E731
-    draws = torch.tensor([auroc(pick(own), pick(foreign)) for _ in range(times)])
-    low, high = draws.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{auroc(own, foreign):.3f} [{low:.3f}, {high:.3f}]"
+def compared(own, foreign):
+    """AUROC of log p, of phi, and their difference, each with an interval; of {question, log p, phi}."""
+    dice, draws = torch.Generator().manual_seed(0), []
+    for n in range(TIMES + 1):
+        some = torch.randint(300, (300,), generator=dice) if n else torch.arange(300)
+        often = some.bincount(minlength=300)  # of each question; the first draw is the sample itself
+        both = [
+            [x[k].repeat_interleave(often[x["question"]]) for x in (own, foreign)] for k in ("logp", "phi")
+        ]
+        draws.append([auroc(*pair) for pair in both])
+    draws = torch.tensor(draws)
+    draws = torch.cat([draws, draws[:, 1:] - draws[:, :1]], 1).T
+    ends = [x[1:].quantile(torch.tensor([0.025, 0.975], dtype=x.dtype)).tolist() for x in draws]
+    return [f"{x[0]:.3f} [{low:.3f}, {high:.3f}]" for x, (low, high) in zip(draws, ends)]
 
 
 def main():
@@ -45,26 +59,31 @@ def main():
     for name, key in (("demonstrations", "solution"), ("noisy demonstrations", "noisy_solution")):
         kinds[name] = [tok.encode_response(tokenizer, text) for text in rows[key]]
     kinds["own, T = 0.3"] = idft.sample(model, tokenizer, prompts * 10, 0.3, args)[0]
-    scores = {}
+    print("| own, T = 1, against | tokens | responses | texts | AUROC of log p | of phi | difference |")
+    print("|---" * 7 + "|")
+    seen = {}
     for name, responses in kinds.items():
         tokens, mask = tok.join(prompts * (len(responses) // len(prompts)), responses)
         logp, entropy = idft.score(model, tokens, mask, args)
-        rows = [(lp[m], (lp + h)[m]) for lp, h, m in zip(logp, entropy, mask.bool())]
-        for n in (1, 8, 32):
-            for i, what in enumerate(("log p", "phi")):
-                scores[name, n, what] = torch.stack(
-                    [r[i][:n].mean() for r in rows if len(r[i]) >= n] or [logp[0, 0]]
-                )
-    print(
-        "| own, T = 1, against | tokens | responses | AUROC of log p | AUROC of phi |\n|---|---|---|---|---|"
-    )
+        rows = [(lp[m], h[m]) for lp, h, m in zip(logp, entropy, mask.bool())]
+        for first, last in WINDOWS:
+            long = [i for i, y in enumerate(responses) if len(y) >= last]
+            window = [[x[first:last].mean() for x in rows[i]] for i in long]
+            found = {"logp": torch.tensor([x[0] for x in window])}
+            found |= {"phi": torch.tensor([x[0] + x[1] for x in window])}
+            found |= {
+                "question": torch.tensor(long, dtype=torch.long) % 300,
+                "texts": {tuple(responses[i][first:last]) for i in long},
+            }
+            seen[name, first, last] = found
     for name in list(kinds)[1:]:
-        for n in (1, 8, 32):
-            own, other = ([scores[k, n, what] for what in ("log p", "phi")] for k in ("own, T = 1", name))
-            counts = f"{len(own[0])}, {len(other[0])}"
-            print(
-                f"| {name} | {n} | {counts} | {interval(own[0], other[0])} | {interval(own[1], other[1])} |"
-            )
+        for first, last in WINDOWS:
+            own, foreign = seen["own, T = 1", first, last], seen[name, first, last]
+            if not foreign["texts"]:  # all are shorter
+                continue
+            counts = f"{len(own['phi'])}, {len(foreign['phi'])} | {len(foreign['texts'])}"
+            text = " | ".join(compared(own, foreign))
+            print(f"| {name} | {first + 1}–{last} | {counts} | {text} |", flush=True)
 
 
 if __name__ == "__main__":

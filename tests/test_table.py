@@ -36,12 +36,12 @@ TABLE = {
     ),
     "prefix_rft.py": (
         "I_clip · r · A on both parts",
-        "of the prefix the 20 % of highest entropy",
+        "own tokens, and of the prefix the 20 % of highest entropy",
         "as GRPO",
         "test_weight_of_prefix_rft",
     ),
     "rlhf_ppo.py": (
-        "I_clip · r · A_t, of a critic: GAE of a reward model's score − β log π/π_ref",
+        "I_clip · r · A_t, of a critic: GAE of a reward model's score − β log π_old/π_ref",
         "response",
         "tokens",
         "test_weight_of_rlhf",
