@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--solution-key", default="solution", help="column of the demonstration")
     add("--prompt-template", default="{question}", help="what is said to the model")
     # optimisation
-    add("--lr", type=float, default=3e-4, help="AdamW's, before warm-up and decay")
+    add("--lr", type=float, default=9e-4, help="AdamW's, before warm-up and decay")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="over all steps")
     add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
     add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
