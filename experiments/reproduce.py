@@ -86,6 +86,7 @@ COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl +
 COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 MANY_QUESTIONS, MANY_SAMPLES = 100, 64  # of the held-out ones and of the harder ones, for pass@k of large k
+MANY_SEEDS = 3  # of a row at least: this is half of a cell's time
 SHOWN = ("base", "sft", "grpo", "sft, then grpo", "prefix_rft", "luffy")  # of pass@k, in the README
 PREFIX, NOISED = "prefix_rft", ", noisy demonstrations"
 
@@ -251,7 +252,8 @@ def run(cell, seed, runs):
         return
     folders = train(cell, seed, out)
     if not (out / "measured.json").exists():
-        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"))
+        few = ["--few"] * (seed >= MANY_SEEDS)
+        process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"), *few)
     lines = [json.loads(line) for folder in folders for line in open(folder / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
@@ -271,10 +273,10 @@ def run(cell, seed, runs):
 
 
 @torch.no_grad()
-def measure(folder):
+def measure(folder, few=False):
     """Right answers per question on each split, and on own samples: KL to the base, entropy, length.
 
-    Also right answers among 64 to each of 100 held-out questions and of 100 harder ones.
+    Also right answers among 64 to each of 100 held-out questions and of 100 harder ones, unless `few`.
     """
     args = sft.parse_args(["--max-new-tokens", "128"])
     model, tokenizer = tok.load_model(str(folder))
@@ -292,7 +294,7 @@ def measure(folder):
                 measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
                 measured["length"] = sum(map(len, responses)) / len(responses)
                 measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
-    for split in ("test", "harder"):
+    for split in () if few else ("test", "harder"):
         torch.manual_seed(0)
         rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(MANY_QUESTIONS))
         prompts = tok.encode_prompts(tokenizer, rows["question"]) * MANY_SAMPLES
@@ -587,13 +589,14 @@ def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
 def main():
     parser = flags(__doc__, CELLS, ROOT / "runs/reproduce")
     parser.add_argument("--measure", type=Path, help="measure one model folder (a cell does this itself)")
+    parser.add_argument("--few", action="store_true", help="with --measure: without 64 samples of a question")
     parser.add_argument("--compare", nargs=3, help="two cells and a number: print the gain, run nothing")
     args = parser.parse_args()
     for folder in (args.runs, RESULTS / "cells"):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if args.measure:
-        measured = measure(args.measure)
+        measured = measure(args.measure, args.few)
         (args.measure.parent / "measured.json").write_text(json.dumps(measured))
         return
     if args.compare:
