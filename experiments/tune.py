@@ -1,4 +1,4 @@
-"""Learning rates with equal effort: every method at three of them or four, on questions that no other table uses.
+"""Learning rates with equal effort: every method at three or four, on questions that no other table uses.
 
     python experiments/tune.py                       # two runs at a time, one thread each
     python experiments/tune.py --report --write      # run nothing: what has been run, into the README
@@ -8,8 +8,8 @@ questions of the held-out split (`reproduce.py` asks the first 300), 8 samples e
 with the highest pass@1 is the one of `reproduce.py`'s cells. A row that is not here has the rate of the one
 that it is a variant of. What came out is experiments/results/tuning.json.
 
-Since then: where 3 x was best, it has become x, and the next rate was run; and x stays where it is within .02 of
-the best, about a standard error of one run's pass@1.
+Since then: where 3 x was best, it has become x, and the next rate was run; and x stays where it is within .02
+of the best, about a standard error of one run's pass@1.
 """
 
 import json
