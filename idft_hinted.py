@@ -15,7 +15,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     Z       response tokens of the whole optimizer batch (the official code takes means of micro-batches)
 With --hinted off --weight sft it is sft.py, bit by bit.
 
-    python idft_hinted.py                                # tiny world, 2 cores, minutes: pass@1 0.26 -> 0.72
+    python idft_hinted.py                                # tiny world, 2 cores, minutes: pass@1 0.26 -> 0.73
     python idft_hinted.py --hinted off --weight dft      # DFT on the demonstrations as they are
     python idft_hinted.py --model Qwen/Qwen2.5-1.5B-Instruct --data DIR --dtype bf16 --lr 6e-5 --beta 3
     # and the lengths of your data, such as --max-new-tokens 2048 --max-demo-tokens 2048

@@ -46,6 +46,8 @@ CELLS = {
     "sft": "sft.py",
     "dft": f"{IDFT} off --weight dft",
     "eaft": f"{IDFT} off --weight eaft",
+    "sft, a third of the rate": "sft.py --lr 3e-4",
+    "dft, a third of the rate": f"{IDFT} off --weight dft --lr 3e-4",
     "idft": f"{IDFT} off --weight idft --lr 3e-4",
     "hinted + sft": f"{IDFT} on --weight sft",
     "hinted + dft": f"{IDFT} on --weight dft",
@@ -59,7 +61,6 @@ CELLS = {
     "dpo": "dpo.py --loss dpo",
     "simpo": "dpo.py --loss simpo",
     "grpo": "grpo.py",
-    "grpo, longer": "grpo.py --steps 280",  # as many tokens generated as by Prefix-RFT
     "grpo, as in DeepSeekMath": f"{GRPO} --kl-coef 0.04",
     "grpo, std and length": GRPO,
     "grpo, four updates": f"{GRPO} --minibatches 4",

@@ -202,6 +202,11 @@ def test_the_readme_has_the_speeds_that_were_measured():
     assert "<!-- speed -->\n" + "\n".join(speed.table(records)) + "\n<!-- /speed -->" in README
 
 
+@pytest.mark.parametrize("at_3x, taken", [(0.515, 2e-4), (0.53, 6e-4)])
+def test_a_rate_is_left_for_one_that_is_clearly_better(at_3x, taken):
+    assert tune.best({"grpo": {"x / 3": 0.4, "x": 0.5, "3 x": at_3x}}, "grpo") == taken
+
+
 def test_a_method_runs_at_the_rate_that_was_best():
     records = json.loads(tune.RECORDS.read_text())
     assert "<!-- tuning -->\n" + "\n".join(tune.table(records)) + "\n<!-- /tuning -->" in README
