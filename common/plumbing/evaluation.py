@@ -1,0 +1,43 @@
+"""Evaluation: accuracy, pass@k and verdict counts of held-out questions."""
+
+from math import comb
+
+from common.verifier import extract_answer
+
+
+def pass_at_k(correct, n, k):
+    """The mean of 1 - C(n - c, k) / C(n, k) over questions with c correct of n samples.
+
+    It is the unbiased estimate of the share of questions that k samples solve (Chen et al., 2107.03374).
+    """
+    missed = [comb(n - c, k) / comb(n, k) for c in correct]
+    return 1 - sum(missed) / len(missed)
+
+
+def verdict_counts(texts, verdicts, levels):
+    """Greedy accuracy and pass@k of held-out questions, overall and for each level, and counts of verdicts.
+
+    texts, verdicts: the greedy responses to all Q questions first, then n rounds of samples, (1 + n) Q in
+    all. levels: Q, None where a question has none.
+    """
+    levels = [None if level is None else str(level) for level in levels]
+    metrics = scores(verdicts, len(levels), range(len(levels)))
+    no_answer = sum(extract_answer(text) is None for text in texts)
+    metrics["correct"] = int(sum(verdicts))
+    metrics["incorrect"] = len(verdicts) - metrics["correct"] - no_answer
+    metrics["no_answer"] = no_answer
+    metrics["levels"] = {}
+    for level in sorted(set(levels) - {None}):
+        rows = [i for i, other in enumerate(levels) if other == level]
+        metrics["levels"][level] = scores(verdicts, len(levels), rows)
+    return metrics
+
+
+def scores(verdicts, questions, rows):
+    """Accuracy and pass@k, k = 1, 2, 4, ..., of the questions numbered `rows`, out of so many `questions`."""
+    n = len(verdicts) // questions - 1  # samples of a question, the greedy response aside
+    metrics = {"accuracy": sum(verdicts[i] for i in rows) / len(rows)}
+    correct = [int(sum(verdicts[i + questions :: questions])) for i in rows]
+    for k in (2**j for j in range(n.bit_length())):
+        metrics[f"pass@{k}"] = pass_at_k(correct, n, k)
+    return metrics

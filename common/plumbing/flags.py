@@ -1,0 +1,164 @@
+"""Flags: argument types with their bounds, checks of combinations, and errors in one sentence."""
+
+import argparse
+import re
+import sys
+from math import isfinite
+
+# ---- errors ----------------------------------------------------------------------------------------------
+
+
+class BadInput(SystemExit):
+    """A mistake of the user's: one sentence with the flag, file or row and the remedy.
+
+    The exit status is 2, and there is no traceback.
+    """
+
+    def __init__(self, sentence):
+        print(f"error: {sentence}", file=sys.stderr)
+        super().__init__(2)
+        self.sentence = sentence
+
+    def __str__(self):
+        return self.sentence
+
+
+def demand(condition, sentence):
+    """Raise BadInput unless the condition holds."""
+    if not condition:
+        raise BadInput(sentence)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type if it has no message."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
+
+
+# ---- the parser ------------------------------------------------------------------------------------------
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """--help shows the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser(__doc__): described by the first line of a script's docstring; an error is one sentence."""
+
+    def __init__(self, doc):
+        description = (doc or "").strip().partition("\n")[0]
+        super().__init__(description=description, formatter_class=HelpWithDefaults)
+
+    def error(self, message):
+        """Raise BadInput with argparse's message as a sentence that begins with the flag."""
+        message = " ".join(message.splitlines())
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
+        choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        bounds = re.fullmatch(r"argument (\S+): (.*: must be .*)", message)
+        if unknown:
+            raise BadInput(f"{unknown[1]}: there is no such flag; --help lists them all.")
+        if choice:
+            choices = choice[3].replace("'", "")
+            raise BadInput(f"{choice[1]} {choice[2]}: must be one of {choices}.")
+        if bounds:  # from one of the types below, which know the value but not the flag
+            raise BadInput(f"{bounds[1]} {bounds[2]}.")
+        raise BadInput(message.removeprefix("argument ") + ".")
+
+
+# ---- types -----------------------------------------------------------------------------------------------
+#
+# add("--lr", type=flags.number(0, 1)): the bounds of a flag are beside the flag. Where a flag has no bounds
+# of its own, the default bounds are what int64 and fp32 hold with plenty to spare.
+
+
+def integer(least=0, most=10**12):
+    """The type of a whole number within bounds."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be an integer") from None
+        return within(least, most, value, text)
+
+    return parse
+
+
+def number(least=0.0, most=1e30):
+    """The type of a number within bounds; NaN and infinity are out of any bounds."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number") from None
+        if not isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+        return within(least, most, value, text)
+
+    return parse
+
+
+def finite(least=-1e30, most=1e30):
+    """The type of a number that may be below 0."""
+    return number(least, most)
+
+
+def positive(text):
+    """The type of a number above 0."""
+    value = finite()(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+def within(least, most, value, text):
+    """The value, if it is within bounds."""
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text}: must be at most {most}")
+    return value
+
+
+# ---- combinations ----------------------------------------------------------------------------------------
+
+
+def check(args):
+    """What no flag can say alone. A check applies to the scripts that have its flags."""
+    given = vars(args)
+    budget = args.max_new_tokens
+
+    if "k" in given and not given.get("add_gold"):
+        # with --add-gold there are demonstrations to train on, even without a sample
+        demand(args.k >= 1, f"--k {args.k}: must be at least 1 without --add-gold.")
+
+    if "minibatches" in given:
+        rows = args.batch_size * args.group_size
+        sentence = f"a step has only {rows} completions; lower it."
+        demand(args.minibatches <= rows, f"--minibatches {args.minibatches}: {sentence}")
+
+    if "overlong_tokens" in given:
+        sentence = f"must be at most --max-new-tokens {budget}."
+        demand(args.overlong_tokens <= budget, f"--overlong-tokens {args.overlong_tokens}: {sentence}")
+
+    if "hinted" in given and not args.steps:
+        args.hinted = "off"  # nothing is trained, so no demonstration has to be rewritten
+
+    samples_are_demonstrations = given.get("hinted") == "on" or ("k" in given and not given.get("pairs"))
+    if samples_are_demonstrations:
+        sentence = f"less than --max-new-tokens {budget}, so that samples would lose their end; raise it."
+        longest = args.max_demo_tokens
+        demand(longest >= budget, f"--max-demo-tokens {longest}: {sentence}")
+
+    if given.get("kl_target"):
+        sentence = "it adapts --kl-coef multiplicatively, so --kl-coef must be above 0."
+        demand(args.kl_coef, f"--kl-target {args.kl_target}: {sentence}")
+
+    sentence = "the model would not see the question; write {question} where it belongs."
+    demand("{question}" in args.prompt_template, f"--prompt-template: {sentence}")
