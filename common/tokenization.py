@@ -47,7 +47,7 @@ def decode_responses(tokenizer, responses):
 
 
 def stop_ids(tokenizer, config):
-    """Every id that ends a response: the tokenizer's EOS and those of the model config (Llama 3 has three)."""
+    """Every id that ends a response: the tokenizer's EOS and the model config's (Llama 3 has three)."""
     candidates = [tokenizer.eos_token_id, *as_list(config.get_text_config().eos_token_id)]
     return sorted({token for token in candidates if token is not None})
 

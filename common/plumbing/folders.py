@@ -1,0 +1,101 @@
+"""Run folders on disk: what is in one, whether it can be continued, and what may be moved aside."""
+
+import json
+import os
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common.plumbing.flags import BadInput, demand, first_line
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+# ---- a new run -------------------------------------------------------------------------------------------
+
+
+def open_folder(out, state, args, model_bytes):
+    """Make the folder ready for the step after `state`."""
+    if args.resume:
+        for name, size in state["written"].items():
+            complete = (out / name).stat().st_size >= size
+            demand(complete, f"--resume: {out / name} has lost lines; start without --resume.")
+            os.truncate(out / name, size)  # what came after the checkpoint will be written again
+        return
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    # weights and two moments, in the old and the new checkpoint; with a critic twice as much
+    need = (12 if hasattr(args, "reward_model") else 6) * model_bytes / 2**30
+    space = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"
+    demand(need <= free, f"--output-dir {out}: {space}; free some space or choose another folder.")
+    if (out / "metrics.jsonl").exists() or checkpoints(out):
+        move_aside(out, args)
+    out.mkdir(parents=True, exist_ok=True)
+    half = out / "args.json.half"
+    half.write_text(json.dumps(vars(args) | environment(), indent=1))
+    half.rename(out / "args.json")  # under this name it is complete
+
+
+def move_aside(out, args):
+    """Rename an earlier run, unless a flag names something in it."""
+    for name in "model base reward_model pairs preferences data eval_data".split():
+        source = getattr(args, name, None)
+        inside = source and out.resolve() in Path(source).resolve().parents
+        flag = f"--{name.replace('_', '-')} {source}"
+        sentence = f"{flag} is in this folder, which would be moved aside; choose another one."
+        demand(not inside, f"--output-dir {out}: {sentence}")
+    i = 1
+    while Path(f"{out}.{i}").exists():
+        i += 1
+    out.rename(f"{out}.{i}")
+
+
+def environment():
+    """What args.json records beside the arguments: package versions and the commit of a git checkout."""
+    packages = ("torch", "transformers", "datasets", "sympy")
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {"versions": {name: version(name) for name in packages}, "commit": commit}
+
+
+# ---- a run that is continued -----------------------------------------------------------------------------
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run, oldest first."""
+    numbered = "checkpoint-" + "[0-9]" * 6
+    found = [*Path(folder).glob(numbered + ".old"), *Path(folder).glob(numbered)]
+    return sorted(found, key=lambda path: (path.stem, not path.suffix))
+
+
+def load_state(folder, args):
+    """What a checkpoint has beside the model. The arguments must be those of the first run."""
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = type(error).__name__  # torch's own text advises executing what is in the file
+        damaged = f"{folder}/state.pt is damaged or contains more than tensors and numbers ({reason})"
+        raise BadInput(f"--resume: {damaged}; start without --resume.") from None
+    demand("written" in state, f"--resume: {folder} is from an older version; start without --resume.")
+    same_arguments(state["args"], args)
+    return state
+
+
+def same_arguments(first, args):
+    """Demand the arguments of the first run, but for the folder, which may have been moved."""
+    may_differ = ("resume", "output_dir", "stop_after", "unparseable_gold")  # the last one is a count
+    names = [name for name in vars(args) if name in first and name not in may_differ]
+    changed = ", ".join(name for name in names if first[name] != getattr(args, name))
+    demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
+
+
+def unwritable(path, error):
+    """No space left or no permission: say what can still be used."""
+    whole = checkpoints(path.parent)
+    last = whole[-1] if whole else "none"
+    remedy = f"free some space and continue with --resume; last complete checkpoint: {last}"
+    return BadInput(f"--output-dir: {path} cannot be written ({first_line(error)}); {remedy}.")

@@ -1,0 +1,201 @@
+"""Models: load and check model folders, and the scalar heads of reward models and critics."""
+
+from functools import partial
+
+import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.plumbing.flags import BadInput, demand, first_line
+from common.tokenization import as_list, stop_ids
+
+transformers.utils.logging.disable_progress_bar()  # there is one bar, the script's
+transformers.utils.logging.set_verbosity_error()  # the warnings that matter are errors below
+
+MODEL_FOLDER = "it must be a folder or hub name with config.json, a tokenizer and weights in .safetensors"
+
+# ---- language models -------------------------------------------------------------------------------------
+
+
+def read_folder(kind, source, flag):
+    """A configuration or a tokenizer (`kind`: AutoConfig or AutoTokenizer) of a folder or hub name."""
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load(flag, source, error) from None
+
+
+def cannot_load(flag, source, error):
+    """One of a dozen types of error, and every one of them is about the user's folder."""
+    return BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.")
+
+
+def load_model(source, recompute=False, flag="--model"):
+    """Model and tokenizer of a folder or hub name, on the GPU if there is one, without dropout.
+
+    Weights are fp32, whatever the file has: an update at the learning rates of RL is below the resolution
+    of bf16, where Adam at 1e-6 leaves 98 % of the weights unchanged. `--dtype bf16` is autocast over these
+    fp32 weights. With `recompute` layers keep only their inputs, for --gradient-checkpointing.
+    Nothing in a folder is executed: its Python files are not imported, pickled weights are not read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise cannot_load(flag, source, error) from None
+    check_model(model, tokenizer, sorted(info["missing_keys"]), f"{flag} {source}")
+    return placed(model, recompute), tokenizer
+
+
+def check_model(model, tokenizer, missing, name):
+    """What the scripts rely on: all weights, finite; a head that is a plain product; attention; an EOS."""
+    names = ", ".join(missing[:3])
+    demand(not missing, f"{name} lacks weights ({names}); use a complete language model.")
+    for key, p in model.named_parameters():
+        demand(p.isfinite().all(), f"{name}: {key} contains NaN or inf; use an earlier checkpoint.")
+
+    # common/logprob.py computes logits as hidden states times weights, and nothing else
+    config = model.config.get_text_config()
+    remedy = "which common/logprob.py does not support; use another model."
+    softcap = getattr(config, "final_logit_softcapping", None)
+    demand(not softcap, f"{name}: its logits have a soft cap, {remedy}")
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    demand(bias is None, f"{name}: its output layer has a bias, {remedy}")
+
+    layers = DynamicCache(config=model.config).layers
+    can_drop_rows = all(hasattr(layer, "batch_select_indices") for layer in layers)
+    demand(can_drop_rows, f"{name}: sampling needs attention in all its layers; use another model.")
+
+    has_eos = tokenizer.eos_token_id is not None
+    demand(has_eos, f"{name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json.")
+    stops = {*stop_ids(tokenizer, config), *as_list(model.generation_config.eos_token_id)}
+    if stops > {*as_list(config.eos_token_id)}:
+        # Qwen's further EOS ids are in generation_config.json only
+        config.eos_token_id = sorted(stops)
+
+
+def check_same_shapes(model, base):
+    """--base must have the architecture of --model; both are folders or hub names."""
+    shapes = []
+    for flag, source in (("--model", model), ("--base", base)):
+        config = read_folder(AutoConfig, source, flag)
+        with torch.device("meta"):  # shapes without weights
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        shapes.append({name: p.shape for name, p in skeleton.named_parameters()})
+    sentence = "its weights have other shapes than those of --model; use the same architecture."
+    demand(shapes[0] == shapes[1], f"--base {base}: {sentence}")
+
+
+# ---- placement, activation checkpointing, positions ------------------------------------------------------
+
+
+def placed(model, recompute):
+    """The model on the GPU if there is one, in eval(), which switches dropout off."""
+    model.base_model.register_forward_pre_hook(check_positions, with_kwargs=True)
+    if recompute:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(recomputed, layer.forward)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def recomputed(forward, *args, **kwargs):
+    """A layer under activation checkpointing, unless there is no gradient, as in sampling.
+
+    transformers' own switch works in train() only, which would bring dropout with it.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def check_positions(model, tokens, inputs):
+    """Before each forward pass: what nobody can know before a run, such as the length of a hint."""
+    position = inputs.get("position_ids")
+    if position is not None:
+        need = 1 + int(position.max())
+    else:
+        ids = tokens[0] if tokens else inputs["input_ids"]
+        need = ids.shape[1]
+    fits(model, need)
+
+
+def fits(model, need):
+    """Demand that the model has positions for so many tokens."""
+    most = max_positions(model.config)
+    name = model.config.name_or_path
+    sentence = f"{need} tokens of prompt and response exceed its {most} positions"
+    remedy = "lower --max-new-tokens or remove long rows"
+    demand(need <= most, f"--model {name}: {sentence}; {remedy}.")
+
+
+def max_positions(config):
+    """How many positions a model has; without a limit, more than anybody needs."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+# ---- reward models and critics ---------------------------------------------------------------------------
+
+
+def load_scorer(source, tokenizer, args, new_head=False):
+    """A reward model or critic: one number for each position instead of logits.
+
+    It is read as a token classifier with one label, because that class selects no position by itself. A
+    sequence classifier of the same architecture has the same weights. With `new_head` the folder may be that
+    of a language model, and the head is drawn at random.
+    """
+    flag = f"--reward-model {source}"
+    try:
+        scorer, info = AutoModelForTokenClassification.from_pretrained(
+            source,
+            num_labels=1,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise BadInput(f"{flag} cannot be loaded ({first_line(error)}).") from None
+    known = read_folder(AutoTokenizer, source, "--reward-model").get_vocab()
+    same_ids = tokenizer.get_vocab().items() <= known.items()
+    demand(same_ids, f"{flag}: its tokenizer assigns other ids than that of {args.model}.")
+    if new_head:
+        head = scalar_head(scorer)
+        # as in Stiennon et al.: scores of the order of 1
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        torch.nn.init.zeros_(head.bias)
+    missing = [key for key in info["missing_keys"] if key.endswith("weight")]
+    demand(new_head or not missing, f"{flag}: it has no scalar head ({', '.join(missing)}).")
+    return placed(scorer, args.gradient_checkpointing)
+
+
+def scalar_head(scorer):
+    """The linear layer from a hidden state to a number. It comes last, whatever an architecture calls it."""
+    return list(scorer.children())[-1]
+
+
+def read_scores(scorer, hidden):
+    """The number at each position, [B, T], of hidden states [B, T, D]; fp32, also under autocast.
+
+    In bf16, values between 2 and 4 are 1/64 apart. The differences of neighbours, which GAE adds up, would
+    be rounding errors.
+    """
+    head = scalar_head(scorer)
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = head(hidden.to(head.weight.dtype))  # [B, T, 1]
+    return scores[..., 0].float()

@@ -1,0 +1,247 @@
+"""Runs: begin, continue, count steps, save, log, and sum up at the end."""
+
+import json
+import resource
+import shlex
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.plumbing import folders, models, ranks
+from common.plumbing.flags import BadInput, demand, first_line
+
+# ---- the run folder --------------------------------------------------------------------------------------
+
+
+def open_run(args):
+    """Begin or continue a run: its folder (Path), its state (a dict with `step`), model and tokenizer.
+
+    Without --resume the folder is new. An earlier run of that name is moved aside, never overwritten, and
+    only when nothing can be wrong with the arguments any more. With --resume everything comes from the
+    newest checkpoint, and later lines of metrics.jsonl and samples.jsonl are removed: they will be
+    written again.
+    """
+    out = Path(args.output_dir)
+    whole = folders.checkpoints(out)
+    state = {"step": 0, "args": vars(args), "skipped": 0}
+    if args.resume and not whole:  # killed before its first checkpoint, or never started?
+        started = (out / "args.json").exists() and not (out / "final").exists()
+        demand(started, f"--resume: there is no checkpoint in {out}; start without --resume.")
+        folders.same_arguments(json.loads((out / "args.json").read_text()), args)
+        print(f"--resume: there is no checkpoint in {out} yet; the run starts again")
+        args.resume = False
+    if args.resume:
+        state = folders.load_state(whole[-1], args)
+        model, tokenizer = models.load_model(whole[-1], args.gradient_checkpointing, "--resume")
+    else:
+        model, tokenizer = models.load_model(args.model, args.gradient_checkpointing)
+    if ranks.is_first():
+        try:
+            folders.open_folder(out, state, args, sum(p.nbytes for p in model.parameters()))
+        except OSError as error:
+            raise BadInput(f"--output-dir {out}: cannot be written ({first_line(error)}).") from None
+    ranks.barrier()
+    return out, state | {"faults": 0, "stop": 0, "leave": 0}, model, tokenizer
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------
+
+
+def save_model(folder, model, tokenizer, optimizer=None, state=None):
+    """Save a model folder. With optimizer and state it is a checkpoint and replaces older ones.
+
+    It is written under another name and renamed when complete. So under its own name it is complete or
+    absent, and a run that is killed at any moment leaves its last checkpoint.
+    """
+    if optimizer and ranks.shard()[1] > 1:
+        optimizer.consolidate_state_dict()  # the moments of all ranks, on the first
+    if ranks.is_first():
+        half = folder.with_name(folder.name + ".half")
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
+        try:
+            model.save_pretrained(half)
+            tokenizer.save_pretrained(half)
+            if optimizer:
+                written = {name: (folder.parent / name).stat().st_size for name in folders.LOGS}
+                state = state | {"optimizer": optimizer.state_dict(), "written": written}
+                torch.save(state, half / "state.pt")
+        except Exception as error:  # no space left, in the words of three libraries
+            shutil.rmtree(half, ignore_errors=True)
+            raise folders.unwritable(folder, error) from None
+        if folder.exists():
+            folder.rename(old)
+        half.rename(folder)
+        outdated = {old, *folders.checkpoints(folder.parent)} - {folder} if optimizer else {old}
+        for path in outdated:  # only now that the new one is complete
+            shutil.rmtree(path, ignore_errors=True)
+    ranks.barrier()
+
+
+# ---- steps -----------------------------------------------------------------------------------------------
+
+bar = None  # the progress bar of `steps`, while there is one
+
+
+def steps(state, last):
+    """Count state["step"] up to `last` under a progress bar. What ends a run early does so between steps.
+
+    After SIGINT or SIGTERM the step is finished and saved (`due`), then the exit status is 130 or 143. A
+    second signal ends the process at once.
+    """
+    global bar
+
+    def stop(number, frame):
+        state["stop"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with tqdm(initial=state["step"], total=last, disable=not ranks.is_first()) as bar:
+            while state["step"] < last:
+                state["step"] += 1
+                yield state["step"]
+                bar.update()
+                sentence = "not finite in three consecutive updates; lower --lr, look at the last samples"
+                demand(state["faults"] < 3, f"step {state['step']}: the gradient is {sentence}.")
+                leave = state.get("leave", state["stop"])  # without `due` there is no checkpoint to wait for
+                if leave:
+                    print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
+                    sys.exit(128 + leave)
+    finally:
+        bar = None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def evaluating():
+    """While in it, the progress bar says so; before the first step there is a bar just for that."""
+    if bar is not None:
+        bar.set_description("evaluating")
+        yield
+        bar.set_description()
+    else:
+        silent = not ranks.is_first()
+        with tqdm(desc="evaluating", bar_format="{desc}", leave=False, disable=silent):
+            yield
+
+
+def finite(norm, state):
+    """Whether a gradient of this norm can be used. With NaN or inf the update is skipped and counted."""
+    usable = isfinite(norm)
+    state["faults"] = 0 if usable else state["faults"] + 1  # consecutive ones
+    state["skipped"] += not usable  # all of them
+    return usable
+
+
+def due(state, every):
+    """Whether this step ends with a checkpoint: every so many do, and one after which the run stops."""
+    # all ranks or none; a signal that comes later ends the next step
+    state["leave"] = int(ranks.reduce(torch.tensor(state["stop"]), "MAX"))
+    return state["leave"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
+
+
+# ---- logs ------------------------------------------------------------------------------------------------
+
+
+def append(path, rows):
+    """Add rows to a .jsonl file; the first rank writes."""
+    if ranks.is_first():
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path):
+    """The rows of a .jsonl file, none without a file. Half a row, left by a killed run, is removed."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if ranks.is_first():
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def log(out, metrics, samples=()):
+    """A step's line in metrics.jsonl, some responses in samples.jsonl, the main numbers on screen."""
+    if ranks.is_first():
+        metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
+        metrics["peak_memory"] = peak_memory()
+        # JSON has no NaN and no infinity
+        line = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()}
+        texts = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
+        for name, rows in zip(folders.LOGS, ([line], texts)):
+            try:
+                append(out / name, [{"step": metrics["step"]} | row for row in rows])
+            except OSError as error:
+                raise folders.unwritable(out / name, error) from None
+        show(metrics)
+    ranks.barrier()  # what the first rank has written, others may read
+
+
+def peak_memory():
+    """Bytes: of the GPU, or of this process where there is none."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes or KiB
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated() or process
+
+
+def show(metrics):
+    """One line per step, its columns aligned, and one line for each level of an evaluation."""
+    first = list(metrics)[:6]
+    names = [k for k in metrics if k in first or k == "accuracy" or k.startswith("pass@")]
+    cells = []
+    for name in names:
+        if name == "levels":
+            continue
+        value = f"{metrics[name]:.4g}"
+        if len(value) > 9:  # -0.0001234
+            value = f"{metrics[name]:.3g}"
+        cells.append(f"{name} {value:<{6 if name == 'step' else 9}}")
+    tqdm.write("  ".join(cells).rstrip())
+    for level, scores in metrics.get("levels", {}).items():
+        tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+
+# ---- the end ---------------------------------------------------------------------------------------------
+
+
+def finish(out, args, script=None):
+    """At the end of a run: its main metrics before -> after, where things are, what to do with them."""
+    if not ranks.is_first():
+        return
+    metrics = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    print()
+    for name in {name: None for row in rows for name in row}:  # in the order of the file
+        if name in ("accuracy", "eval_utility") or name.startswith("pass@"):
+            values = [f"{row[name]:.3f}" for row in rows if row.get(name) is not None]
+            print(f"{name:14}{' -> '.join(values[:1] + values[1:][-1:])}")
+    for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
+        if path.exists():
+            print(f"{label:14}{path}")
+    if (out / "final").exists():
+        print(f"{'evaluate it':14}{evaluate_command(out, args, script)}")
+    print(f"{'plot it':14}{shlex.join(['python', 'tools/plot.py', str(out)])}")
+
+
+def evaluate_command(out, args, script):
+    """The command of this run, with its final model and without training."""
+    replaced = ("--model", "--steps", "--output-dir")
+    kept = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag in replaced and not equals:
+            next(words, None)  # its value
+        elif flag not in (*replaced, "--resume"):
+            kept.append(word)
+    command = ["python", script or sys.argv[0], "--model", str(out / "final"), "--steps", "0"]
+    command += ["--output-dir", f"{out}-eval", *kept]
+    if (out / "reward_model").exists() and not args.reward_model:
+        command += ["--reward-model", str(out / "reward_model")]
+    return shlex.join(command)
