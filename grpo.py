@@ -1,296 +1,405 @@
-"""GRPO: reinforcement learning from a verifier, with the mean of a group of completions as the baseline.
+"""GRPO: reinforcement learning from a verifier; the group mean of the rewards is the baseline.
 
-Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., Dr. GRPO, 2503.20783; Yu et al., DAPO, 2503.14476.
-Sample G completions y_i of a question x, let a verifier say R_i = 1 or 0, and make what did better than
-its group more likely, as far as a trust region around the sampling policy pi_old allows:
+Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., Dr. GRPO, 2503.20783; DAPO, 2503.14476.
+Sample G completions y_i of a question x, let a verifier say R_i = 1 or 0, and reinforce
+completions above the group mean, within a trust region around the sampling policy pi_old:
 
-    L = - 1/Z sum_i sum_t [ min( r_it A_i , clip(r_it, 1 - eps_low, 1 + eps_high) A_i ) - beta k3_it ]
-    r_it = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)        A_i = R_i - mean(R)   [ / std(R) ]
+    L = - 1/Z sum_i sum_t [ min( r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i ) - beta k3 ]
+    r_it = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)      A_i = R_i - mean(R)   [ / std(R) ]
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi:
-    data    the policy's own completions, G for each question
+    data    on-policy completions, G for each question
     weight  I_clip r A + beta (pi_ref / pi - 1)
     mask    the response, EOS included
-    Z       sequences x budget (Dr. GRPO), all tokens (DAPO) or sequences x own length (GRPO): --loss-norm
+    Z       sequences x budget (Dr. GRPO), all tokens (DAPO) or sequences x own length (GRPO)
 
-    python grpo.py                                       # tiny world, 2 cores, minutes: pass@1 0.26 -> 0.55
-    python grpo.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6 --max-new-tokens 3000
+    python grpo.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.55
+    python grpo.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
+    # set the lengths for your data, for example --max-new-tokens 3000
 """
 
-import argparse
 import time
-from math import cos, pi
 
 import torch
 import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.verifier import check_gold, evaluation, extract_answer, math_reward
+from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.verifier import math_reward
 
 
-# ---- arguments -------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------
 def parse_args(argv=None):
-    add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
-    # run
-    add("--output-dir", default="runs/grpo", help="metrics, samples, checkpoints, final model")
-    add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=100, help="batches to train on; 0 trains nothing")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: none while training")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
-    # model
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default="runs/grpo", help="folder for logs, checkpoints and final/")
+    add("--seed", type=flags.integer(0), default=0, help="seed of all random draws")
+    add("--steps", type=flags.integer(0, 999999), default=100, help="batches; 0 only evaluates")
+    add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
+    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    # data
-    add("--data", default="tiny/data", help="hub name, folder, or .jsonl, .json, .csv, .parquet file")
-    add("--split", default="train", help="rows to train on")
-    add("--eval-data", help="where the held-out rows are, if not in --data")
-    add("--eval-split", help="held-out rows; default: test, or else a tenth of --split, kept apart")
-    add("--question-key", default="question", help="column of the question")
-    add("--answer-key", default="answer", help="column of the gold; if absent, the solution's answer")
-    add("--solution-key", default="solution", help="column of the demonstration")
-    add("--prompt-template", default="{question}", help="what is said to the model")
-    # optimisation
-    add("--lr", type=float, default=2e-4, help="AdamW's, before warm-up and decay")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="over all steps")
-    add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
-    add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
-    add("--batch-size", type=int, default=16, help="questions per step")
-    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
-    # sampling
-    add("--temperature", type=float, default=1.0, help="divides the logits, in sampling and in scoring")
-    add("--max-new-tokens", type=int, default=100, help="budget of a response")
-    add("--sample-rows", type=int, default=512, help="responses sampled at once")
-    # evaluation
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: at start and end only")
-    add("--eval-questions", type=int, default=300, help="held-out questions to use")
-    add("--eval-samples", type=int, default=4, help="samples per question for pass@k")
-    # the method
-    add("--group-size", type=int, default=8, help="G, completions per question")
-    add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1 / std(R)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="tiny/data", help="hub name, folder, or json(l), csv, parquet file")
+    add("--split", default="train", help="split to train on")
+    add("--eval-data", help="data set of the held-out rows; default: --data")
+    add("--eval-split", help="split of the held-out rows; default: test, or a tenth of --split")
+    add("--question-key", default="question", help="column with the question")
+    add("--answer-key", default="answer", help="column with the gold, else --solution-key")
+    add("--solution-key", default="solution", help="column with the demonstration")
+    add("--prompt-template", default="{question}", help="prompt text; must contain {question}")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="decay")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps from 0 to the peak")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping")
+    add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="longest sampled response")
+    add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: at start and end")
+    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions")
+    add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add = parser.add_argument_group("the method").add_argument
+    add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
+    add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="Z")
-    add("--clip-low", type=float, default=0.2, help="eps_low")
-    add("--clip-high", type=float, default=0.2, help="eps_high; DAPO's clip-higher is 0.28")
-    add("--kl-coef", type=float, default=0.0, help="beta of k3 to the start model; 0 loads no reference")
-    add("--epochs-per-batch", type=int, default=1, help="passes over the completions of a step")
-    add("--minibatches", type=int, default=1, help="optimizer steps per pass")
-    add("--skip-dead-groups", type=int, default=0, help="DAPO: N rounds of resampling groups with A = 0")
-    add("--overlong-tokens", type=int, default=0, help="DAPO: soft penalty on the budget's last N tokens")
+    add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low")
+    add("--clip-high", type=flags.number(0), default=0.2, help="eps_high; DAPO: 0.28")
+    add("--kl-coef", type=flags.number(0), default=0.0, help="beta of k3 to the initial policy")
+    add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over a batch")
+    add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
+    add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: soft penalty")
     return parser.parse_args(argv)
 
 
-# ---- sampling --------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, spent=None):
-    """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    """Complete each prompt. Returns two ragged lists: response ids and their log-probabilities.
+
+    A response ends with EOS unless the budget truncates it. `spent` is the number of response
+    tokens that each prompt already holds; they count against the budget.
+    """
+    device = model.device
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps, dice = torch.zeros(len(prompts), args.max_new_tokens), tok.dice(model.device)
-    room = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # spent: response in the prompt
-    order = sorted((room > 0).nonzero()[:, 0].tolist(), key=lambda i: len(prompts[i]))  # shortest first
-    for rows in tok.share(order, args.sample_rows, list(map(len, prompts))):
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
+    logps = torch.zeros(len(prompts), args.max_new_tokens)
+    generator = ranks.generator(device)
+    budget_left = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # [N]
+    lengths = [len(prompt) for prompt in prompts]
+    unfinished = (budget_left > 0).nonzero()[:, 0].tolist()
+    unfinished.sort(key=lambda i: lengths[i])  # similar lengths together: little padding
+
+    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+        # each distinct prompt is processed once, however many completions it gets
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
         copies = [distinct.index(tuple(prompts[i])) for i in rows]
-        token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
-        cache = tok.Cache(config=model.config)
+        copies = torch.tensor(copies, device=device)
+        token, mask = tok.pad(distinct, side="left", device=device)  # [distinct, P]
+        position = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+        cache = decoding.Cache(config=model.config)
+
         for t in range(args.max_new_tokens):
-            inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
-            logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
-            if t == 0:  # from a row per distinct prompt to a row per response, all of them alive
-                cache.batch_select_indices(keep := torch.tensor(copies, device=model.device))
-                logits, mask, position, alive = logits[keep], mask[keep], position[keep, -1:], keep >= 0
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # no top-p: exactly what `logprobs` scores
-            token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
-            ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            alive = alive & ~torch.isin(token[:, 0], stops) & (room[rows] > t + 1).to(model.device)
-            if not (left := alive.sum().item()):
+            out = model(
+                token,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            logits = out.logits[:, -1].float()  # [rows, V]; softmax in fp32
+            if t == 0:  # from one row per distinct prompt to one row per response
+                cache.batch_select_indices(copies)
+                logits = logits[copies]
+                mask = mask[copies]
+                position = position[copies, -1:]
+                alive = copies >= 0  # all of them
+
+            # no top-p: exactly the distribution that `logprobs` scores
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)
+            if temperature:
+                token = logp.exp().multinomial(1, generator=generator)  # [rows, 1]
+            else:
+                token = logp.argmax(-1, keepdim=True)
+            ids[rows, t] = token[:, 0].cpu()
+            logps[rows, t] = logp.gather(1, token)[:, 0].cpu()
+
+            # a response is finished after EOS or at the end of its budget
+            alive = alive & ~torch.isin(token[:, 0], stops)
+            alive = alive & (budget_left[rows] > t + 1).to(device)
+            left = alive.sum().item()
+            if left == 0:
                 break
-            if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
-                cache.batch_select_indices(keep := alive.nonzero()[:, 0])
-                rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
+            if left < 0.8 * len(rows):  # not at once: each removal copies the cache
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows = rows[keep.cpu()]
+                token = token[keep]
+                mask = mask[keep]
+                position = position[keep]
                 alive = alive[keep]
-            mask, position = F.pad(mask, (0, 1), value=1), position + alive[:, None]  # finished rows stay
-    ids, logps, stops = tok.reduce(ids, "MAX"), tok.reduce(logps), stops.tolist()  # every rank has all
-    ids = [tok.cut(x[x >= 0].tolist(), stops, n) for x, n in zip(ids, room.tolist())]
-    return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
+            mask = F.pad(mask, (0, 1), value=1)
+            position = position + alive[:, None]
+
+    ids = ranks.reduce(ids, "MAX")  # every rank gets all responses
+    logps = ranks.reduce(logps)
+    responses = []
+    for row, budget in zip(ids, budget_left.tolist()):
+        sampled = row[row >= 0].tolist()
+        responses.append(tok.truncate(sampled, stops.tolist(), budget))
+    return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
-# ---- log-probabilities -----------------------------------------------------------------------------------
+# ---- log-probabilities -----------------------------------------------------------------
 def logprobs(model, tokens, response_mask, temperature):
-    """log pi(y_t | x, y_<t), entropy of pi(. | x, y_<t) on each response token, 0 elsewhere; all [B, T]."""
-    # no attention mask: the padding is on the right, where causal attention never looks
-    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]  # position t-1 predicts y_t
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # prompt and padding cost nothing
-    logp, entropy = token_logprobs(hidden, model.get_output_embeddings().weight, targets, temperature)
-    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # back on the grid of the tokens
+    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
+    # no attention mask: padding is on the right, where causal attention never looks
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
+    head = model.get_output_embeddings().weight  # [V, D]
+    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
 @torch.no_grad()
 def score(model, tokens, response_mask, args):
-    """`logprobs` of a whole batch [N, T], micro-batch by micro-batch and without gradient."""
-    both = torch.zeros(2, *tokens.shape, dtype=model.dtype, device=model.device)  # logp, entropy
-    for rows, width in tok.split_by_tokens(response_mask, range(len(tokens)), args.micro_batch_tokens):
-        micro = tokens[rows, :width], response_mask[rows, :width]
-        both[:, rows, :width] = torch.stack(logprobs(model, *micro, args.temperature))
-    return tok.reduce(both)
+    """`logprobs` of a whole batch [N, T], in micro-batches and without gradient."""
+    logp = torch.zeros(tokens.shape, dtype=model.dtype, device=model.device)
+    entropy = torch.zeros_like(logp)
+    for micro in tok.micro_batches(response_mask, args.micro_batch_tokens, ranks.shard()):
+        part = logprobs(model, tokens[micro], response_mask[micro], args.temperature)
+        logp[micro], entropy[micro] = part
+    return ranks.reduce(logp), ranks.reduce(entropy)
 
 
-# ---- the method ------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------
 def rollout(model, tokenizer, rows, args):
-    """G judged completions of each question: a list of groups."""
-    rows, stops = [row for row in rows for _ in range(args.group_size)], tok.stop_ids(tokenizer, model.config)
-    questions, golds = [row[args.question_key] for row in rows], [row["gold"] for row in rows]
+    """G completions of each question with their rewards: a list of groups."""
+    rows = [row for row in rows for _ in range(args.group_size)]
+    questions = [row[args.question_key] for row in rows]
+    golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
+    stops = tok.stop_ids(tokenizer, model.config)
     responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
-    rewards = right = math_reward(texts, golds)  # a cut response is judged, and trained, like any other
-    if args.overlong_tokens:  # 0 up to the last tokens of the budget, then down to -1 (DAPO eq. 13)
-        start = args.max_new_tokens - args.overlong_tokens
-        rewards = [r + min(0, (start - len(y)) / args.overlong_tokens) for r, y in zip(rewards, responses)]
-    done = {"prompt": prompts, "response": responses, "question": questions, "text": texts, "gold": golds}
-    done |= {"reward": rewards, "right": right, "cut": [ids[-1] not in stops for ids in responses]}  # no EOS
-    done = [dict(zip(done, values)) for values in zip(*done.values())]  # a dict per completion
-    return [done[i : i + args.group_size] for i in range(0, len(done), args.group_size)]
+    correct = math_reward(texts, golds)  # truncated responses are judged like all others
+
+    completions = []
+    for i in range(len(rows)):
+        penalty = 0.0
+        if args.overlong_tokens:  # DAPO eq. 13: from 0 to -1 within the budget's last tokens
+            start = args.max_new_tokens - args.overlong_tokens
+            penalty = min(0, (start - len(responses[i])) / args.overlong_tokens)
+        completion = {
+            "prompt": prompts[i],
+            "response": responses[i],
+            "question": questions[i],
+            "text": texts[i],
+            "gold": golds[i],
+            "reward": correct[i] + penalty,
+            "correct": correct[i],
+            "truncated": responses[i][-1] not in stops,
+        }
+        completions.append(completion)
+    starts = range(0, len(completions), args.group_size)
+    return [completions[i : i + args.group_size] for i in starts]
+
+
+def zero_variance_groups(groups):
+    """Numbers of the groups all correct or all incorrect: DAPO's dynamic sampling replaces them."""
+    verdicts = [{c["correct"] for c in group} for group in groups]
+    return [g for g, found in enumerate(verdicts) if len(found) == 1]
 
 
 def advantages(rewards, how):
-    """A_i of every completion from the rewards of its group, [Q, G]. All right or all wrong gives A = 0."""
-    centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G of the leave-one-out advantage
-    return centred / (rewards.std(1, keepdim=True) + 1e-6) if how == "grpo" else centred  # std: n - 1
+    """A_i of each completion from the rewards of its group, [Q, G]; equal rewards give A = 0."""
+    centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G of leave-one-out
+    if how == "dr_grpo":
+        return centred
+    return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
 def inverse_z(response_mask, how, budget):
-    """1/Z of each row of an optimizer batch, [B, 1]; a micro-batch takes its rows: GRPO, DAPO, Dr. GRPO."""
-    lengths = response_mask.sum(1, keepdim=True).float()  # |y_i|
-    z = {"sequence": len(lengths) * lengths, "token": lengths.sum(), "constant": len(lengths) * budget}[how]
+    """1/Z for each row of a global batch, [B, 1]; a micro-batch takes those of its rows."""
+    lengths = response_mask.sum(1, keepdim=True).float()  # |y_i|, [B, 1]
+    sequences = len(lengths)
+    if how == "sequence":  # GRPO: the mean over sequences of the mean over tokens
+        z = sequences * lengths
+    elif how == "token":  # DAPO: every token of the batch weighs the same
+        z = lengths.sum()
+    else:  # Dr. GRPO: a constant, so a token's weight does not depend on any length
+        z = sequences * budget
     return 1 / (z + 0 * lengths)
 
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
-    """DeepSeekMath eq. 3; everything [B, T], but 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
-    ratio = (logp - old_logp).exp()  # r_t: exactly 1 at the first update, and its gradient is still there
-    trusted = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)  # clip(r)
-    surrogate = torch.min(ratio * advantage, trusted * advantage)  # min: leaving the region gains nothing
-    k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1  # >= 0, unbiased for KL(pi | pi_ref) on own samples
-    return -((surrogate - args.kl_coef * k3) * response_mask * inv_z).sum(), ratio.detach(), k3.detach()
+    """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
+    ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: nothing is gained by moving the ratio out of the trust region
+    surrogate = torch.min(ratio * advantage, clipped * advantage)
+    # >= 0, and an unbiased estimate of KL(pi || pi_ref) on on-policy samples
+    k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
+    loss = -((surrogate - args.kl_coef * k3) * response_mask * inv_z).sum()
+    return loss, ratio.detach(), k3.detach()
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------
 def evaluate(model, tokenizer, rows, args):
-    """Held-out greedy accuracy and pass@k, overall and for each level where the rows have one."""
+    """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    texts, golds = [], list(rows["gold"]) * (1 + args.eval_samples)
-    for temperature, copies in ((0.0, 1), (1.0, args.eval_samples)):  # greedy hides reliability
-        responses, _ = sample(model, tokenizer, prompts * copies, temperature, args)
-        texts += tok.decode_responses(tokenizer, responses)
+    with runs.evaluating():
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)
+        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
+    texts = tok.decode_responses(tokenizer, greedy + sampled)
+    golds = list(rows["gold"]) * (1 + args.eval_samples)
     levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation(texts, math_reward(texts, golds), levels)
+    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)
-    ratio = (score(model, tokens, mask, args)[0].cpu() - tok.align(sampled_logp, mask.cpu())).exp()
-    gap, limit = (ratio - 1).abs(), 1e-4 if args.dtype == "fp32" else 0.1  # bf16 has 3 digits
-    print(f"self-check: max |ratio - 1| = {gap.max():.0e} on {mask.sum()} sampled tokens; [trained] in one:")
-    print(f"  {tokenizer.decode(prompts[0])}[{tokenizer.decode(responses[0])}]")
-    # the mean: of many thousand tokens one may be far off by rounding alone
-    tok.demand(gap.sum() < limit * mask.sum().cpu(), f"--model {args.model}: cannot be scored as it samples.")
+    logp, _ = score(model, tokens, mask, args)
+    ratio = (logp.cpu() - tok.align(sampled_logp, mask.cpu())).exp()
+    evaluation.check_ratio(ratio, mask, args)
+    evaluation.show(tokenizer, prompts[0], responses[0])
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------
 def main(args):
-    train, test = tok.load_splits(args, extract_answer, check_gold)
+    train, test = data.load_splits(args)
     torch.manual_seed(args.seed)
-    out, state, model, tokenizer = tok.open_run(args)
-    reference = tok.load_model(args.model)[0] if args.kl_coef else None  # pi_ref, frozen
-    epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
-    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
-    optimizer = tok.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
+    out, state, model, tokenizer = runs.open_run(args)
+    reference = None
+    if args.kl_coef:
+        reference, _ = models.load_model(args.model)  # pi_ref, frozen
+    epochs = args.steps * args.batch_size // len(train) + 1
+    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])  # row numbers
+    order = order.split(args.batch_size)
+    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    # bf16 for activations only: weights and Adam's moments stay fp32
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
             metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            tok.log(out, metrics | evaluate(model, tokenizer, test, args))
-    size, updates = args.batch_size * args.group_size, args.epochs_per_batch * args.minibatches
-    print(f"a step: {args.batch_size} questions x {args.group_size} completions, {updates} updates")
+            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+    size = args.batch_size * args.group_size  # completions per step, N
+    updates = args.epochs_per_batch * args.minibatches  # optimizer steps per step
+    print(f"one step: {args.batch_size} x {args.group_size} completions, {updates} updates")
 
-    for step in tok.steps(state, args.steps):
+    for step in runs.steps(state, args.steps):
         began = time.time()
-        torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
-        progress = (step - 1) / args.steps  # the learning rate depends on the step alone, too
-        decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, step / max(1, args.warmup_steps)) * decay
+        torch.manual_seed(args.seed * 10**6 + step)  # a resumed run repeats its draws
+        lr = runs.learning_rate(step, args)  # warm-up, then --schedule
+        optimizer.param_groups[0]["lr"] = lr
 
         # sample and verify
+        replaced = []
         with autocast:
-            groups, spare = rollout(model, tokenizer, train.select(order[step - 1]), args), []
-            for _ in range(args.skip_dead_groups):  # dynamic sampling: for groups all right or wrong
-                dead = [g for g, group in enumerate(groups) if len({c["right"] for c in group}) == 1]
-                others = train.select(torch.randint(len(train), (len(dead),)))
-                for g, group in zip(dead, rollout(model, tokenizer, others, args)):
-                    groups[g], spare = group, spare + groups[g]
-        batch = [completion for group in groups for completion in group]  # N = questions x G
-        tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch], model.device)
-        rewards = torch.tensor([c["reward"] for c in batch], device=model.device).view(-1, args.group_size)
-        advantage = advantages(rewards, args.advantage).view(-1, 1) * mask  # A_i on each token, [N, T]
+            groups = rollout(model, tokenizer, train.select(order[step - 1]), args)
+            for _ in range(args.dynamic_sampling):
+                zero_variance = zero_variance_groups(groups)
+                others = train.select(torch.randint(len(train), (len(zero_variance),)))
+                for g, group in zip(zero_variance, rollout(model, tokenizer, others, args)):
+                    replaced += groups[g]
+                    groups[g] = group
+        batch = [completion for group in groups for completion in group]
+        prompts = [c["prompt"] for c in batch]
+        responses = [c["response"] for c in batch]
+        tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
+        rewards = torch.tensor([c["reward"] for c in batch], device=model.device)
+        rewards = rewards.view(-1, args.group_size)  # [Q, G]
+        advantage = advantages(rewards, args.advantage)
+        advantage = advantage.view(-1, 1) * mask  # A_i on each token, [N, T]
         sampled = time.time()
 
         # train
-        passes = [torch.randperm(size).tensor_split(args.minibatches) for _ in range(args.epochs_per_batch)]
-        zero, inv_z = torch.zeros_like(advantage), torch.zeros_like(advantage)
+        minibatches = []
+        for _ in range(args.epochs_per_batch):
+            minibatches += torch.randperm(size).tensor_split(args.minibatches)
+        old_logp = ref_logp = torch.zeros_like(advantage)
         with autocast:
-            old_logp = score(model, tokens, mask, args)[0] if updates > 1 else zero
-            ref_logp = score(reference, tokens, mask, args)[0] if reference else zero
-        useful = mask * ((advantage != 0).any(1, keepdim=True) | bool(args.kl_coef))  # rows with a gradient
-        losses, norms, seen = [], [], []
-        for minibatch in sum(passes, ()):
+            if updates > 1:
+                old_logp, _ = score(model, tokens, mask, args)
+            if reference:
+                ref_logp, _ = score(reference, tokens, mask, args)
+        has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
+        useful = mask * has_gradient
+        inv_z = torch.zeros_like(advantage)
+        losses, norms, stats = [], [], []
+        for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
-            for rows, width in tok.split_by_tokens(useful, minibatch.tolist(), args.micro_batch_tokens):
-                whole = (tokens, mask, advantage, old_logp, ref_logp, inv_z)
-                y, m, A, old, ref, z = (x[rows, :width] for x in whole)  # micro-batch, [B, T]
-                with autocast:
-                    logp, entropy = logprobs(model, y, m, args.temperature)
-                old = old if updates > 1 else logp.detach()  # a single update: pi_old is pi, and r = 1
-                ref = ref if reference else logp.detach()  # no reference: k3 = 0
+            rows = minibatch.tolist()
+            for micro in tok.micro_batches(useful, args.micro_batch_tokens, ranks.shard(), rows):
+                with autocast:  # [B, width]
+                    logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+                # with a single update pi_old is pi, so r = 1; without a reference k3 = 0
+                old = old_logp[micro] if updates > 1 else logp.detach()
+                ref = ref_logp[micro] if reference else logp.detach()
+                A, m, z = advantage[micro], mask[micro], inv_z[micro]
                 loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
                 loss.backward()
-                losses.append(loss.item() / updates)  # the sum over micro-batches, the mean over updates
-                seen.append(torch.stack([entropy.detach(), k3, ratio])[:, m.bool()].cpu())  # [3, tokens]
-            parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
-            if tok.finite(norms[-1], state):
+                losses.append(loss.item() / updates)  # their sum is the mean over updates
+                per_token = torch.stack([entropy.detach(), k3, ratio])
+                stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
+            parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            if runs.finite(norm, state):
                 optimizer.step()
             optimizer.zero_grad()
-        losses, seen = tok.gather(losses), tok.gather(seen)
+            norms.append(norm)
+        losses, stats = ranks.gather(losses), ranks.gather(stats)
+        tokens_trained = sum(x.shape[1] for x in stats)
 
         # log, evaluate, save
-        entropy, k3, ratio = torch.cat(seen, 1) if seen else torch.tensor([[0.0], [0.0], [1.0]])
-        trusted, dead = ratio.clamp(1 - args.clip_low, 1 + args.clip_high), (rewards == rewards[:, :1]).all(1)
-        metrics = {"step": step, "reward": rewards.mean(), "loss": sum(losses), "entropy": entropy.mean()}
-        metrics |= {"grad_norm": sum(norms) / updates, "response_len": mask.sum() / size}
-        metrics |= {"clip_frac": (ratio != trusted).float().mean(), "frac_zero_groups": dead.float().mean()}
-        metrics |= {"adv_abs": advantage.abs().sum() / mask.sum(), "ratio_max": (ratio - 1).abs().max()}
-        metrics |= {"truncated_frac": sum(c["cut"] for c in batch) / size, "lr": lr}
-        metrics |= {"skipped": state["skipped"]}
-        metrics |= {"kl": k3.mean(), "tokens_trained": sum(x.shape[1] for x in seen)}
-        metrics |= {"tokens_generated": sum(len(c["response"]) for c in batch + spare)}
-        metrics |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
+        nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
+        entropy, k3, ratio = torch.cat(stats or [nothing], 1)
+        clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+        zero_variance = (rewards == rewards[:, :1]).all(1)
+        metrics = {
+            "step": step,
+            "reward": rewards.mean(),
+            "loss": sum(losses),
+            "entropy": entropy.mean(),
+            "grad_norm": sum(norms) / updates,
+            "response_len": mask.sum() / size,
+            "clip_frac": clipped.float().mean(),
+            "zero_variance_frac": zero_variance.float().mean(),
+            "adv_abs": advantage.abs().sum() / mask.sum(),
+            "ratio_max": (ratio - 1).abs().max(),
+            "truncated_frac": sum(c["truncated"] for c in batch) / size,
+            "lr": lr,
+            "skipped": state["skipped"],
+            "kl": k3.mean(),
+            "tokens_trained": tokens_trained,
+            "tokens_generated": sum(len(c["response"]) for c in batch + replaced),
+            "seconds_sample": sampled - began,
+            "seconds_train": time.time() - sampled,
+        }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)
-        tok.log(out, metrics, batch[:2])
-        if tok.due(state, args.save_every):
-            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
-    tok.save_model(out / "final", model, tokenizer)
+        runs.log(out, metrics, batch[:2])
+        if runs.due(state, args.save_every):
+            runs.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
+    runs.save_model(out / "final", model, tokenizer)
+    runs.finish(out, args)
 
 
 if __name__ == "__main__":

@@ -1,310 +1,395 @@
-"""RFT: rejection-sampling fine-tuning, maximum likelihood of one's own samples that were right.
+"""RFT: rejection-sampling fine-tuning, maximum likelihood on the model's own correct samples.
 
-Yuan et al., Scaling Relationship on Learning Mathematical Reasoning, arXiv 2308.01825; STaR 2203.14465;
-RAFT 2304.06767; ReST-EM 2312.06585. Sample k completions of each question, let a verifier judge them, keep
-the right ones, of those that reason alike only one, and train on them as if they were demonstrations:
+Yuan et al., Scaling Relationship on Learning Mathematical Reasoning, arXiv 2308.01825;
+STaR 2203.14465; RAFT 2304.06767; ReST-EM 2312.06585. Sample k completions of each question, let a
+verifier judge them, keep the correct ones, deduplicated by their reasoning, and train on them as
+demonstrations:
 
     y ~ pi_sampler( . | x), V(x, y) = 1, distinct;    L = - 1/Z sum_i sum_t m_it log pi(y_it | x_i, y_i<t)
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
-    data    own samples that were right, each reasoning path once; --add-gold: and the demonstrations
-    weight  1, as in sft.py: a wrong sample is left out, not pushed away as in grpo.py
+    data    correct self-generated samples, deduplicated; --add-gold adds the demonstrations
+    weight  1, as in sft.py: an incorrect sample is left out, not pushed down as in grpo.py
     mask    the response, EOS included
-    Z       response tokens of the whole optimizer batch
-RFT is one round of this from the base, STaR and ReST-EM are several (STaR: --rationalize), RAFT and expert
-iteration are --restart continue --keep-per-question 1. With --k 0 --add-gold it is sft.py, bit by bit.
+    Z       response tokens of the whole global batch
+One round from the base model is RFT; several rounds are STaR (--rationalize) and ReST-EM; RAFT and
+expert iteration are --restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
 
-    python rft_rejection.py                              # tiny world, 2 cores, minutes
-    python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold            # RFT as published
-    python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5 --questions 0
-    # and the lengths of your data, such as --max-new-tokens 2048 --max-demo-tokens 2048
+    python rft_rejection.py            # tiny world, minutes on 2 CPU cores
+    python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold       # as in the paper
+    python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5
+    # set the lengths for your data, for example --max-demo-tokens 2048 --max-new-tokens 2048
 """
 
-import argparse
 import re
 import time
-from math import cos, pi
 
 import torch
 import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.verifier import check_gold, evaluation, extract_answer, math_reward
+from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.verifier import math_reward
 
 
-# ---- arguments -------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------
 def parse_args(argv=None):
-    add = (parser := argparse.ArgumentParser(description=__doc__.splitlines()[0])).add_argument
-    # run
-    add("--output-dir", default="runs/rft_rejection", help="metrics, samples, checkpoints, final model")
-    add("--seed", type=int, default=0, help="every draw of step s comes from (seed, s)")
-    add("--steps", type=int, default=200, help="batches to train on in each round; 0 trains nothing")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: none while training")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
-    # model
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", default="runs/rft_rejection", help="folder for logs, checkpoints and final/")
+    add("--seed", type=flags.integer(0), default=0, help="seed of all random draws")
+    add("--steps", type=flags.integer(0, 999999), default=200, help="batches per round; 0 only evaluates")
+    add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
+    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    # data
-    add("--data", default="tiny/data", help="hub name, folder, or .jsonl, .json, .csv, .parquet file")
-    add("--split", default="train", help="rows to train on")
-    add("--eval-data", help="where the held-out rows are, if not in --data")
-    add("--eval-split", help="held-out rows; default: test, or else a tenth of --split, kept apart")
-    add("--question-key", default="question", help="column of the question")
-    add("--answer-key", default="answer", help="column of the gold; if absent, the solution's answer")
-    add("--solution-key", default="solution", help="column of the demonstration")
-    add("--prompt-template", default="{question}", help="what is said to the model")
-    # optimisation
-    add("--lr", type=float, default=1e-4, help="AdamW's, before warm-up and decay")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="over all steps")
-    add("--warmup-steps", type=int, default=5, help="steps from 0 to the peak learning rate")
-    add("--max-grad-norm", type=float, default=1.0, help="longer gradients are scaled down to this norm")
-    add("--batch-size", type=int, default=16, help="rows per step")
-    add("--micro-batch-tokens", type=int, default=1024, help="padded tokens per backward pass")
-    # sampling
-    add("--temperature", type=float, default=1.0, help="of the k samples; training is at 1")
-    add("--max-new-tokens", type=int, default=100, help="budget of a response")
-    add("--sample-rows", type=int, default=512, help="responses sampled at once")
-    # evaluation
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: at start and end only")
-    add("--eval-questions", type=int, default=300, help="held-out questions to use")
-    add("--eval-samples", type=int, default=4, help="samples per question for pass@k")
-    # the method
-    add("--max-demo-tokens", type=int, default=512, help="a longer demonstration loses its end, EOS too")
-    add("--k", type=int, default=8, help="samples per question and round")
-    add("--questions", type=int, default=1000, help="training questions to sample; 0: all of them")
-    add("--keep-per-question", type=int, default=0, help="at most so many paths, drawn at random; 0: all")
-    add("--add-gold", action="store_true", help="train on the demonstrations of these questions, too")
-    add("--rationalize", nargs="?", const="{question}\nAnswer: {gold}", help="STaR: retry, told the answer")
-    add("--rounds", type=int, default=1, help="of sampling and training")
-    add("--restart", choices=["base", "continue"], default="base", help="what a round's training starts from")
-    add("--base", help="the model that --restart base means; default: --model")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="tiny/data", help="hub name, folder, or json(l), csv, parquet file")
+    add("--split", default="train", help="split to train on")
+    add("--eval-data", help="data set of the held-out rows; default: --data")
+    add("--eval-split", help="split of the held-out rows; default: test, or a tenth of --split")
+    add("--question-key", default="question", help="column with the question")
+    add("--answer-key", default="answer", help="column with the gold, else --solution-key")
+    add("--solution-key", default="solution", help="column with the demonstration")
+    add("--prompt-template", default="{question}", help="prompt text; must contain {question}")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=flags.number(0, 1), default=1e-4, help="peak learning rate of AdamW")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="decay")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps from 0 to the peak")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping")
+    add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="of the k samples")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="longest sampled response")
+    add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: at start and end")
+    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions")
+    add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add = parser.add_argument_group("the method").add_argument
+    add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
+    add("--k", type=flags.integer(0), default=8, help="samples per question and round")
+    add("--questions", type=flags.integer(0), default=1000, help="questions to sample; 0: all")
+    add("--keep-per-question", type=flags.integer(0), default=0, help="random paths kept; 0: all")
+    add("--add-gold", action="store_true", help="also train on the questions' demonstrations")
+    add("--rationalize", nargs="?", const="{question}\nAnswer: {gold}", help="STaR: retry with gold")
+    add("--rounds", type=flags.integer(1), default=1, help="rounds of sampling and training")
+    add("--restart", choices=["base", "continue"], default="base", help="initial weights of a round")
+    add("--base", help="model that --restart base means; default: --model")
     return parser.parse_args(argv)
 
 
-# ---- sampling --------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, spent=None):
-    """Complete each prompt: lists of response ids, EOS last unless the budget cut it, and their log-probs."""
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    """Complete each prompt. Returns two ragged lists: response ids and their log-probabilities.
+
+    A response ends with EOS unless the budget truncates it. `spent` is the number of response
+    tokens that each prompt already holds; they count against the budget.
+    """
+    device = model.device
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps, dice = torch.zeros(len(prompts), args.max_new_tokens), tok.dice(model.device)
-    room = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # spent: response in the prompt
-    order = sorted((room > 0).nonzero()[:, 0].tolist(), key=lambda i: len(prompts[i]))  # shortest first
-    for rows in tok.share(order, args.sample_rows, list(map(len, prompts))):
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))  # a group's prompt is prefilled once
+    logps = torch.zeros(len(prompts), args.max_new_tokens)
+    generator = ranks.generator(device)
+    budget_left = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # [N]
+    lengths = [len(prompt) for prompt in prompts]
+    unfinished = (budget_left > 0).nonzero()[:, 0].tolist()
+    unfinished.sort(key=lambda i: lengths[i])  # similar lengths together: little padding
+
+    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+        # each distinct prompt is processed once, however many completions it gets
+        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
         copies = [distinct.index(tuple(prompts[i])) for i in rows]
-        token, mask = tok.pad(distinct, side="left", device=model.device)  # [distinct, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens only: padding shifts nothing
-        cache = tok.Cache(config=model.config)
+        copies = torch.tensor(copies, device=device)
+        token, mask = tok.pad(distinct, side="left", device=device)  # [distinct, P]
+        position = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+        cache = decoding.Cache(config=model.config)
+
         for t in range(args.max_new_tokens):
-            inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1)
-            logits = model(token, **inputs).logits[:, -1].float()  # [rows, V]; fp32 before the softmax
-            if t == 0:  # from a row per distinct prompt to a row per response, all of them alive
-                cache.batch_select_indices(keep := torch.tensor(copies, device=model.device))
-                logits, mask, position, alive = logits[keep], mask[keep], position[keep, -1:], keep >= 0
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)  # no top-p: exactly what `logprobs` scores
-            token = logp.exp().multinomial(1, generator=dice) if temperature else logp.argmax(-1, True)
-            ids[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            alive = alive & ~torch.isin(token[:, 0], stops) & (room[rows] > t + 1).to(model.device)
-            if not (left := alive.sum().item()):
+            out = model(
+                token,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            logits = out.logits[:, -1].float()  # [rows, V]; softmax in fp32
+            if t == 0:  # from one row per distinct prompt to one row per response
+                cache.batch_select_indices(copies)
+                logits = logits[copies]
+                mask = mask[copies]
+                position = position[copies, -1:]
+                alive = copies >= 0  # all of them
+
+            # no top-p: exactly the distribution that `logprobs` scores
+            logp = (logits / (temperature or 1.0)).log_softmax(-1)
+            if temperature:
+                token = logp.exp().multinomial(1, generator=generator)  # [rows, 1]
+            else:
+                token = logp.argmax(-1, keepdim=True)
+            ids[rows, t] = token[:, 0].cpu()
+            logps[rows, t] = logp.gather(1, token)[:, 0].cpu()
+
+            # a response is finished after EOS or at the end of its budget
+            alive = alive & ~torch.isin(token[:, 0], stops)
+            alive = alive & (budget_left[rows] > t + 1).to(device)
+            left = alive.sum().item()
+            if left == 0:
                 break
-            if left < 0.8 * len(rows):  # finished rows leave, some at a time: each leave copies the cache
-                cache.batch_select_indices(keep := alive.nonzero()[:, 0])
-                rows, token, mask, position = rows[keep.cpu()], token[keep], mask[keep], position[keep]
+            if left < 0.8 * len(rows):  # not at once: each removal copies the cache
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows = rows[keep.cpu()]
+                token = token[keep]
+                mask = mask[keep]
+                position = position[keep]
                 alive = alive[keep]
-            mask, position = F.pad(mask, (0, 1), value=1), position + alive[:, None]  # finished rows stay
-    ids, logps, stops = tok.reduce(ids, "MAX"), tok.reduce(logps), stops.tolist()  # every rank has all
-    ids = [tok.cut(x[x >= 0].tolist(), stops, n) for x, n in zip(ids, room.tolist())]
-    return ids, [lp[: len(x)].tolist() for x, lp in zip(ids, logps)]
+            mask = F.pad(mask, (0, 1), value=1)
+            position = position + alive[:, None]
+
+    ids = ranks.reduce(ids, "MAX")  # every rank gets all responses
+    logps = ranks.reduce(logps)
+    responses = []
+    for row, budget in zip(ids, budget_left.tolist()):
+        sampled = row[row >= 0].tolist()
+        responses.append(tok.truncate(sampled, stops.tolist(), budget))
+    return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
 def attempt(model, tokenizer, rows, template, args):
-    """k judged samples of each question, a list for each; the template may show the gold, too."""
-    questions, golds = [row[args.question_key] for row in rows], [row["gold"] for row in rows]
-    asked = [template.replace("{gold}", g).replace("{question}", q) for q, g in zip(questions, golds)]
+    """k judged samples of each question, a list for each; the template may show the gold."""
+    rows, asked = list(rows), []
+    for row in rows:
+        text = template.replace("{gold}", row["gold"])
+        asked.append(text.replace("{question}", row[args.question_key]))
     prompts = tok.encode_prompts(tokenizer, asked, args.prompt_template)
     responses, _ = sample(model, tokenizer, prompts * args.k, args.temperature, args)
-    texts, stops = tok.decode_responses(tokenizer, responses), tok.stop_ids(tokenizer, model.config)
-    done = {args.question_key: questions * args.k, args.solution_key: texts, "gold": golds * args.k}
-    done |= {"reward": math_reward(texts, golds * args.k), "kept": [False] * len(texts)}
-    done |= {"tokens": [len(x) for x in responses], "ended": [x[-1] in stops for x in responses]}  # by EOS
-    done = [dict(zip(done, values)) for values in zip(*done.values())]  # a dict per sample
-    return [done[i :: len(rows)] for i in range(len(rows))]  # prompts were k rounds of all questions
+    texts = tok.decode_responses(tokenizer, responses)
+    golds = [row["gold"] for row in rows] * args.k
+    rewards = math_reward(texts, golds)
+    stops = tok.stop_ids(tokenizer, model.config)
+
+    samples = [[] for _ in rows]
+    for i, text in enumerate(texts):  # k rounds over all questions
+        question = i % len(rows)
+        found = {
+            args.question_key: rows[question][args.question_key],
+            args.solution_key: text,
+            "gold": golds[i],
+            "reward": rewards[i],
+            "kept": False,
+            "tokens": len(responses[i]),
+            "ended": responses[i][-1] in stops,  # by EOS, not truncated
+        }
+        samples[question].append(found)
+    return samples
 
 
-def harvest(model, tokenizer, rows, args):
-    """The samples of a round, of which `kept` says what to train on, and their numbers."""
-    done = attempt(model, tokenizer, rows, "{question}", args)
-    reward = sum(s["reward"] for samples in done for s in samples) / max(1, args.k * len(rows))
-    failed = [i for i, samples in enumerate(done) if not any(s["reward"] for s in samples)]
-    if args.rationalize:  # told the answer, it may find a way there; it is trained without having been told
-        for i, more in zip(failed, attempt(model, tokenizer, rows.select(failed), args.rationalize, args)):
-            done[i] += more
-    found, paths = [], 0
-    for row, samples in zip(rows, done):
-        shuffled = (samples[j] for j in torch.randperm(len(samples)))  # no path is preferred
-        distinct = {path(s[args.solution_key]): s for s in shuffled if s["reward"] and s["ended"]}
-        paths += len(distinct)  # the quantity that RFT's gain grows with, in the paper
-        if args.add_gold:  # a demonstration stands for its path
-            found.append({key: row[key] for key in (args.question_key, args.solution_key)} | {"kept": True})
+def sample_and_filter(model, tokenizer, rows, args):
+    """The samples of a round, of which `kept` says what to train on, and their metrics."""
+    samples = attempt(model, tokenizer, rows, "{question}", args)
+    rewards = [s["reward"] for found in samples for s in found]
+    solved = [any(s["reward"] for s in found) for found in samples]
+    failed = [i for i, done in enumerate(solved) if not done]
+    if args.rationalize:  # shown the answer, the model may find a way there; not shown in training
+        retries = attempt(model, tokenizer, rows.select(failed), args.rationalize, args)
+        for i, more in zip(failed, retries):
+            samples[i] += more
+
+    demonstrations, paths = [], 0
+    for row, found in zip(rows, samples):
+        distinct = {}
+        for j in torch.randperm(len(found)).tolist():  # random, so that no path is preferred
+            s = found[j]
+            if s["reward"] and s["ended"]:
+                distinct[path(s[args.solution_key])] = s
+        paths += len(distinct)  # what RFT's gain grows with, in the paper
+        if args.add_gold:  # the demonstration stands for its own path
+            gold = {key: row[key] for key in (args.question_key, args.solution_key)}
+            demonstrations.append(gold | {"kept": True})
             distinct.pop(path(row[args.solution_key]), None)
         for s in list(distinct.values())[: args.keep_per_question or None]:
             s["kept"] = True
-        found += samples
-    kept = sum(s["kept"] for s in found)
-    tok.demand(kept, "--k: not one sample of any question is right; raise it, or begin with sft.py.")
-    metrics = {"reward": reward, "kept": kept, "unsolved": len(failed) / len(rows)}
-    metrics |= {"tokens_generated": sum(s["tokens"] for samples in done for s in samples)}
-    metrics |= {"paths": paths / len(rows)}
-    return metrics, found
+        demonstrations += found
+
+    kept = sum(s["kept"] for s in demonstrations)
+    flags.demand(kept, "--k: not one sample is correct; raise it, or start with sft.py.")
+    metrics = {
+        "reward": sum(rewards) / max(1, len(rewards)),
+        "kept": kept,
+        "unsolved": len(failed) / len(rows),
+        "tokens_generated": sum(s["tokens"] for found in samples for s in found),
+        "paths": paths / len(rows),
+    }
+    return metrics, demonstrations
 
 
-# ---- log-probabilities -----------------------------------------------------------------------------------
+# ---- log-probabilities -----------------------------------------------------------------
 def logprobs(model, tokens, response_mask, temperature):
-    """log pi(y_t | x, y_<t), entropy of pi(. | x, y_<t) on each response token, 0 elsewhere; all [B, T]."""
-    # no attention mask: the padding is on the right, where causal attention never looks
-    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]  # position t-1 predicts y_t
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # prompt and padding cost nothing
-    logp, entropy = token_logprobs(hidden, model.get_output_embeddings().weight, targets, temperature)
-    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # back on the grid of the tokens
+    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
+    # no attention mask: padding is on the right, where causal attention never looks
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
+    head = model.get_output_embeddings().weight  # [V, D]
+    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
 @torch.no_grad()
 def score(model, tokens, response_mask, args):
-    """`logprobs` of a whole batch [N, T], micro-batch by micro-batch and without gradient."""
-    both = torch.zeros(2, *tokens.shape, dtype=model.dtype, device=model.device)  # logp, entropy
-    for rows, width in tok.split_by_tokens(response_mask, range(len(tokens)), args.micro_batch_tokens):
-        micro = tokens[rows, :width], response_mask[rows, :width]
-        both[:, rows, :width] = torch.stack(logprobs(model, *micro, args.temperature))
-    return tok.reduce(both)
+    """`logprobs` of a whole batch [N, T], in micro-batches and without gradient."""
+    logp = torch.zeros(tokens.shape, dtype=model.dtype, device=model.device)
+    entropy = torch.zeros_like(logp)
+    for micro in tok.micro_batches(response_mask, args.micro_batch_tokens, ranks.shard()):
+        part = logprobs(model, tokens[micro], response_mask[micro], args.temperature)
+        logp[micro], entropy[micro] = part
+    return ranks.reduce(logp), ranks.reduce(entropy)
 
 
-# ---- the method ------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------
 def path(text):
-    """How a text reasons: its equations without words and spaces; where there are none, the text itself."""
-    parts = [part for part in re.split(r"[,;:$\n]|\.(?!\d)", text) if "=" in part]
-    return tuple(re.sub(r"(?<!\\)\b[A-Za-z]{2,}|\s", "", part) for part in parts) or tuple(text.split())
+    """The reasoning of a text: its equations without words and spaces, or without any, the text."""
+    parts = re.split(r"[,;:$\n]|\.(?!\d)", text)
+    equations = [part for part in parts if "=" in part]
+    equations = [re.sub(r"(?<!\\)\b[A-Za-z]{2,}|\s", "", part) for part in equations]
+    return tuple(equations or text.split())
 
 
 def sft_loss(logp, response_mask, z):
-    """- 1/Z sum m log pi; logp and mask [B, T] of a micro-batch, Z of the whole optimizer batch."""
-    weight = torch.ones_like(logp)  # a demonstration's advantage is 1, whoever wrote it
+    """- 1/Z sum m log pi; logp and mask [B, T] of a micro-batch, Z of the global batch."""
+    weight = torch.ones_like(logp)  # every demonstration has advantage 1
     return -(weight * logp * response_mask).sum() / z
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------
 def evaluate(model, tokenizer, rows, args):
-    """Held-out greedy accuracy and pass@k, overall and for each level where the rows have one."""
+    """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    texts, golds = [], list(rows["gold"]) * (1 + args.eval_samples)
-    for temperature, copies in ((0.0, 1), (1.0, args.eval_samples)):  # greedy hides reliability
-        responses, _ = sample(model, tokenizer, prompts * copies, temperature, args)
-        texts += tok.decode_responses(tokenizer, responses)
+    with runs.evaluating():
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)
+        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
+    texts = tok.decode_responses(tokenizer, greedy + sampled)
+    golds = list(rows["gold"]) * (1 + args.eval_samples)
     levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation(texts, math_reward(texts, golds), levels)
+    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
 
 
 def self_check(model, tokenizer, rows, args):
-    """Sampling and scoring must be one distribution: ratio 1 on fresh samples, before training."""
+    """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
     prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)
-    ratio = (score(model, tokens, mask, args)[0].cpu() - tok.align(sampled_logp, mask.cpu())).exp()
-    gap, limit = (ratio - 1).abs(), 1e-4 if args.dtype == "fp32" else 0.1  # bf16 has 3 digits
-    print(f"self-check: max |ratio - 1| = {gap.max():.0e} on {mask.sum()} sampled tokens; [trained] in one:")
-    print(f"  {tokenizer.decode(prompts[0])}[{tokenizer.decode(responses[0])}]")
-    # the mean: of many thousand tokens one may be far off by rounding alone
-    tok.demand(gap.sum() < limit * mask.sum().cpu(), f"--model {args.model}: cannot be scored as it samples.")
+    logp, _ = score(model, tokens, mask, args)
+    ratio = (logp.cpu() - tok.align(sampled_logp, mask.cpu())).exp()
+    evaluation.check_ratio(ratio, mask, args)
+    evaluation.show(tokenizer, prompts[0], responses[0])
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------
 def main(args):
-    asked, test = tok.load_splits(args, extract_answer, check_gold, demonstrations=args.add_gold)
+    questions, test = data.load_splits(args, demonstrations=args.add_gold)
+    if args.base:
+        models.check_same_shapes(args.model, args.base)
     torch.manual_seed(args.seed)
-    out, state, model, tokenizer = tok.open_run(args)
-    asked = tok.with_gold(asked, args, extract_answer, check_gold) if args.add_gold else asked
-    asked = asked.select(range(min(args.questions or len(asked), len(asked))))
-    optimizer = tok.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)  # fp32 state
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")  # not weights
+    out, state, model, tokenizer = runs.open_run(args)
+    if args.add_gold:
+        questions = data.with_gold(questions, args)
+    questions = questions.select(range(min(args.questions or len(questions), len(questions))))
+    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    # bf16 for activations only: weights and Adam's moments stay fp32
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
             metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            tok.log(out, metrics | evaluate(model, tokenizer, test, args))
-    print(f"a round: {args.k} samples of {len(asked):,} questions, {args.steps} x {args.batch_size} kept")
-    train, last = None, args.rounds * args.steps
+            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+    print(f"one round: {args.k} samples of {len(questions):,} questions, {args.steps} steps")
+    train = None
 
-    for step in tok.steps(state, last):
+    for step in runs.steps(state, args.rounds * args.steps):
         began = time.time()
-        torch.manual_seed(args.seed * 10**6 + step)  # all draws of this step: a resumed run repeats them
-        begin = (step - 1) // args.steps * args.steps  # the steps of earlier rounds
-        nth = step - begin  # step of this round
-        progress = (nth - 1) / args.steps  # the learning rate depends on the step alone, too
-        decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[args.schedule]
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, nth / max(1, args.warmup_steps)) * decay
+        torch.manual_seed(args.seed * 10**6 + step)  # a resumed run repeats its draws
+        first = (step - 1) // args.steps * args.steps  # steps of earlier rounds
+        nth = step - first  # step of this round
+        lr = runs.learning_rate(nth, args)  # warm-up, then --schedule
+        optimizer.param_groups[0]["lr"] = lr
 
-        # sample, verify, keep; and a checkpoint, so that no round is sampled twice
-        if state.get("sampled", -1) < begin:
+        # sample, verify, keep; save a checkpoint, so that no round is sampled twice
+        if state.get("sampled", -1) < first:
             with autocast:
-                metrics, found = harvest(model, tokenizer, asked, args)
-            tok.log(out, {"step": begin} | metrics | {"seconds_sample": time.time() - began}, found)
-            state["sampled"] = begin
-            if args.restart == "base":  # samples get better, the model that learns from them is the old one
-                model.load_state_dict(tok.load_model(args.base or args.model)[0].state_dict())
-                optimizer = tok.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-            now = state | {"step": begin}
-            tok.save_model(out / f"checkpoint-{begin:06}", model, tokenizer, optimizer, now)
-        if nth == 1 or not train:  # what the file says is what is trained
-            train = tok.load_split(str(out / "samples.jsonl"), "train", {})
+                metrics, found = sample_and_filter(model, tokenizer, questions, args)
+            metrics = {"step": first} | metrics | {"seconds_sample": time.time() - began}
+            runs.log(out, metrics, found)
+            state["sampled"] = first
+            if args.restart == "base":  # better samples, but the same initial weights
+                base, _ = models.load_model(args.base or args.model)
+                model.load_state_dict(base.state_dict())
+                optimizer = ranks.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+            now = state | {"step": first}
+            runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
+        if nth == 1 or not train:  # train what samples.jsonl says
+            train = data.load_split(str(out / "samples.jsonl"), "train", {})
             rows = enumerate(zip(train["step"], train["kept"]))
-            train = train.select([i for i, (at, kept) in rows if at == begin and kept])
-            torch.manual_seed(args.seed + begin)  # a resumed run draws the same order
-            epochs = args.steps * args.batch_size // len(train) + 1  # each a fresh permutation of the rows
-            order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).split(args.batch_size)
+            train = train.select([i for i, (at, kept) in rows if at == first and kept])
+            torch.manual_seed(args.seed + first)  # a resumed run draws the same order
+            epochs = args.steps * args.batch_size // len(train) + 1
+            order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])  # row numbers
+            order = order.split(args.batch_size)
         began = time.time()
 
-        # demonstrations, its own ones
+        # demonstrations
         batch = train[order[nth - 1].tolist()]  # column -> list
         prompts = tok.encode_prompts(tokenizer, batch[args.question_key], args.prompt_template)
         responses = [tok.encode_response(tokenizer, text) for text in batch[args.solution_key]]
-        cut = sum(len(ids) > args.max_demo_tokens for ids in responses)
+        truncated = sum(len(ids) > args.max_demo_tokens for ids in responses)
         responses = [ids[: args.max_demo_tokens] for ids in responses]
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
-        losses, seen = [], []
-        for rows, width in tok.split_by_tokens(mask, range(len(tokens)), args.micro_batch_tokens):
-            y, m = (x[rows, :width] for x in (tokens, mask))  # micro-batch, [B, T]
-            with autocast:
-                logp, entropy = logprobs(model, y, m, 1.0)  # not the temperature of the samples
-            loss = sft_loss(logp, m, mask.sum())
+        losses, entropies = [], []
+        for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
+            with autocast:  # [B, width]
+                logp, entropy = logprobs(model, tokens[micro], mask[micro], 1.0)
+            loss = sft_loss(logp, mask[micro], mask.sum())
             loss.backward()
             losses.append(loss.item())
-            seen.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        parameters = tok.reduce_gradients(model.parameters())  # their sum over ranks: Z is of all
+            entropies.append(entropy.detach()[mask[micro].bool()].cpu())  # [tokens]
+        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        if tok.finite(norm, state):
+        if runs.finite(norm, state):
             optimizer.step()
         optimizer.zero_grad()
-        losses, seen = tok.gather(losses), tok.gather(seen)
 
         # log, evaluate, save
-        metrics = {"step": step, "loss": sum(losses), "entropy": torch.cat(seen).mean(), "grad_norm": norm}
-        metrics |= {"response_len": mask.sum(1).float().mean(), "truncated_frac": cut / len(tokens)}
-        metrics |= {"lr": lr, "skipped": state["skipped"], "tokens_trained": mask.sum()}
-        metrics |= {"seconds_train": time.time() - began}
+        metrics = {
+            "step": step,
+            "loss": sum(ranks.gather(losses)),
+            "entropy": torch.cat(ranks.gather(entropies)).mean(),
+            "grad_norm": norm,
+            "response_len": mask.sum(1).float().mean(),
+            "truncated_frac": truncated / len(tokens),
+            "lr": lr,
+            "skipped": state["skipped"],
+            "tokens_trained": mask.sum(),
+            "seconds_train": time.time() - began,
+        }
         if step % args.steps == 0 or (args.eval_every and step % args.eval_every == 0):
             with autocast:
                 metrics |= evaluate(model, tokenizer, test, args)
-        tok.log(out, metrics)
-        if tok.due(state, args.save_every):
-            tok.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
-    tok.save_model(out / "final", model, tokenizer)
+        runs.log(out, metrics)
+        if runs.due(state, args.save_every):
+            runs.save_model(out / f"checkpoint-{step:06}", model, tokenizer, optimizer, state)
+    runs.save_model(out / "final", model, tokenizer)
+    runs.finish(out, args)
 
 
 if __name__ == "__main__":

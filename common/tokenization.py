@@ -101,22 +101,24 @@ def align(values, response_mask):
     return grid
 
 
-def micro_batches(response_mask, rows, max_tokens, shard=(0, 1)):
-    """Split the row numbers `rows` into micro-batches [(rows, width), ...] of rows x width <= `max_tokens`.
+def micro_batches(response_mask, max_tokens, shard=(0, 1), rows=None):
+    """Split a batch into micro-batches of at most `max_tokens` padded tokens.
 
-    Rows of similar length go together, so there is little padding. `width` ends at the last response token
-    of the longest row. A row longer than `max_tokens` is a micro-batch of its own; a row without response
-    tokens is left out. `shard` is (rank, world size): each rank takes every n-th row, so that all ranks have
-    the same mix of lengths. Every script divides by a normaliser of the global batch, so how the batch is
-    split never changes a gradient.
+    Returns indices (rows, columns): `tokens[micro]` of a batch [N, T] is [B, width]. Rows of similar length
+    go together, so there is little padding, and `width` ends at the last response token of the longest row.
+    A row longer than `max_tokens` is a micro-batch of its own; a row without response tokens is left out.
+    `rows` are the row numbers to split, by default all. `shard` is (rank, world size): each rank takes every
+    n-th row, so that all ranks have the same mix of lengths. Every script divides by a normaliser of the
+    global batch, so how the batch is split never changes a gradient.
     """
     rank, world_size = shard
     index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
     end = (response_mask * index).amax(1).tolist()  # of each row: its last response token + 1
+    rows = range(len(end)) if rows is None else rows
     longest_first = sorted((i for i in rows if end[i]), key=lambda i: -end[i])
     batches = []
     for i in longest_first[rank::world_size]:
         if not batches or end[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])  # its first row is its longest, which sets the width
         batches[-1].append(i)
-    return [(batch, end[batch[0]]) for batch in batches]
+    return [(batch, slice(end[batch[0]])) for batch in batches]

@@ -1,7 +1,8 @@
-"""Evaluation: accuracy, pass@k and verdict counts of held-out questions."""
+"""Evaluation: accuracy, pass@k and verdict counts of held-out questions; the check before training."""
 
 from math import comb
 
+from common.plumbing import flags
 from common.verifier import extract_answer
 
 
@@ -41,3 +42,21 @@ def scores(verdicts, questions, rows):
     for k in (2**j for j in range(n.bit_length())):
         metrics[f"pass@{k}"] = pass_at_k(correct, n, k)
     return metrics
+
+
+def check_ratio(ratio, mask, args):
+    """Demand that sampling and scoring are one distribution: pi / pi_sampled [B, T] is 1 on samples."""
+    gap = (ratio - 1).abs()
+    tokens = int(mask.sum())
+    print(f"self-check: max |ratio - 1| = {gap.max():.0e} on {tokens} sampled tokens")
+    # the mean, because one token of many thousand may be far off by rounding alone
+    limit = 1e-4 if args.dtype == "fp32" else 0.1  # bf16 has 3 digits
+    sentence = "its log-probabilities in sampling and in scoring disagree; report it with the model's name."
+    flags.demand(gap.sum() < limit * tokens, f"--model {args.model}: {sentence}")
+
+
+def show(tokenizer, prompt, response):
+    """Print one example as it is trained, the trained part in brackets."""
+    print(
+        f"one sample, the trained part in brackets:\n{tokenizer.decode(prompt)}[{tokenizer.decode(response)}]"
+    )

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager
-from math import isfinite
+from math import cos, isfinite, pi
 from pathlib import Path
 
 import torch
@@ -131,6 +131,13 @@ def evaluating():
         silent = not ranks.is_first()
         with tqdm(desc="evaluating", bar_format="{desc}", leave=False, disable=silent):
             yield
+
+
+def learning_rate(step, args):
+    """Linear warm-up times --schedule: a function of the step alone, so a resumed run repeats it."""
+    progress = (step - 1) / args.steps
+    decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}
+    return args.lr * min(1, step / max(1, args.warmup_steps)) * decay[args.schedule]
 
 
 def finite(norm, state):
