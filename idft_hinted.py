@@ -42,44 +42,45 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/idft_hinted", help="folder for logs, checkpoints and final/")
-    add("--seed", type=flags.integer(0), default=0, help="seed of all random draws")
-    add("--steps", type=flags.integer(0, 999999), default=200, help="batches; 0 only evaluates")
+    add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
+    add("--steps", type=flags.steps, default=200, help="training steps; 0 only evaluates")
     add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny/model", help="hub name or folder")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not weights")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--model", default="tiny/model", help="hub name or folder of the initial policy")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="tiny/data", help="hub name, folder, or json(l), csv, parquet file")
+    add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
     add("--split", default="train", help="split to train on")
-    add("--eval-data", help="data set of the held-out rows; default: --data")
-    add("--eval-split", help="split of the held-out rows; default: test, or a tenth of --split")
+    add("--eval-data", help="data set with the held-out rows; default: --data")
+    add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else --solution-key")
+    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
-    add("--prompt-template", default="{question}", help="prompt text; must contain {question}")
+    add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=flags.number(0, 1), default=9e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="decay")
-    add("--warmup-steps", type=flags.integer(0), default=5, help="steps from 0 to the peak")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
-    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="longest sampled response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling and scoring")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget of a response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: at start and end")
-    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions")
+    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
+    add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
-    add("--weight", choices=["sft", "dft", "eaft", "idft"], default="idft", help="of a token's log p")
-    add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations first")
-    add("--beta", type=flags.number(0), default=1.0, help="student's share; 0: hinted stream alone")
-    add("--hint-template", default=HINT, help="prompt text of the hinted context")
+    weights = ["sft", "dft", "eaft", "idft"]
+    add("--weight", choices=weights, default="idft", help="token weight: 1, p, H / log V or p^gamma")
+    add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations before training")
+    add("--beta", type=flags.number(0), default=1.0, help="influence of the student; 0: none")
+    add("--hint-template", default=HINT, help="prompt template of the hinted context")
     return parser.parse_args(argv)
 
 
@@ -91,73 +92,37 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     A response ends with EOS unless the budget truncates it. `spent` is the number of response
     tokens that each prompt already holds; they count against the budget.
     """
-    device = model.device
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
+    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    generator = ranks.generator(model.device)
+    spent = spent or [0] * len(prompts)
+    budget_left = [args.max_new_tokens - n for n in spent]
+
+    def draw(logits):
+        """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
+        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: exactly what `logprobs` scores
+        if temperature:
+            # the argmax of p_i / Exp(1) is token i with probability p_i: multinomial, without a sync
+            noise = torch.empty_like(p).exponential_(generator=generator)
+            token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        logp = p.gather(1, token).log()
+        ended = (token == stops).any(1)
+        return token[:, 0], logp[:, 0], ended
+
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps = torch.zeros(len(prompts), args.max_new_tokens)
-    generator = ranks.generator(device)
-    budget_left = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # [N]
+    logps = torch.zeros(ids.shape)
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
     lengths = [len(prompt) for prompt in prompts]
-    unfinished = (budget_left > 0).nonzero()[:, 0].tolist()
-    unfinished.sort(key=lambda i: lengths[i])  # similar lengths together: little padding
-
     for rows in decoding.batches(unfinished, args.sample_rows, lengths):
-        # each distinct prompt is processed once, however many completions it gets
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
-        copies = [distinct.index(tuple(prompts[i])) for i in rows]
-        copies = torch.tensor(copies, device=device)
-        token, mask = tok.pad(distinct, side="left", device=device)  # [distinct, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-        cache = decoding.Cache(config=model.config)
-
-        for t in range(args.max_new_tokens):
-            out = model(
-                token,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1].float()  # [rows, V]; softmax in fp32
-            if t == 0:  # from one row per distinct prompt to one row per response
-                cache.batch_select_indices(copies)
-                logits = logits[copies]
-                mask = mask[copies]
-                position = position[copies, -1:]
-                alive = copies >= 0  # all of them
-
-            # no top-p: exactly the distribution that `logprobs` scores
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)
-            if temperature:
-                token = logp.exp().multinomial(1, generator=generator)  # [rows, 1]
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            ids[rows, t] = token[:, 0].cpu()
-            logps[rows, t] = logp.gather(1, token)[:, 0].cpu()
-
-            # a response is finished after EOS or at the end of its budget
-            alive = alive & ~torch.isin(token[:, 0], stops)
-            alive = alive & (budget_left[rows] > t + 1).to(device)
-            left = alive.sum().item()
-            if left == 0:
-                break
-            if left < 0.8 * len(rows):  # not at once: each removal copies the cache
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows = rows[keep.cpu()]
-                token = token[keep]
-                mask = mask[keep]
-                position = position[keep]
-                alive = alive[keep]
-            mask = F.pad(mask, (0, 1), value=1)
-            position = position + alive[:, None]
-
-    ids = ranks.reduce(ids, "MAX")  # every rank gets all responses
-    logps = ranks.reduce(logps)
-    responses = []
-    for row, budget in zip(ids, budget_left.tolist()):
-        sampled = row[row >= 0].tolist()
-        responses.append(tok.truncate(sampled, stops.tolist(), budget))
+        chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+        batch = decoding.Batch(model, chosen, budgets)
+        drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
+        ids[rows, : drawn.shape[1]] = drawn
+        logps[rows, : drawn.shape[1]] = drawn_logp
+    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # every rank gets all responses
+    responses = [row[row >= 0].tolist() for row in ids]
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
@@ -172,51 +137,38 @@ def mixture(log_p, log_q, beta):
 @torch.no_grad()
 def rewrite(model, tokenizer, hinted, student, args):
     """Hinted decoding: one response per pair of prompts; both contexts advance by the same token."""
-    device = model.device
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
+    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    generator = ranks.generator(model.device)
+
+    def draw(logits):
+        """As in `sample`, but from m; the hinted contexts come first in logits [2B, V]."""
+        log_p, log_q = logits.log_softmax(-1).chunk(2)  # hinted and student, [B, V]
+        log_m = mixture(log_p, log_q, args.beta)
+        if batch.t == 0:
+            log_m = log_p  # the hinted stream begins
+        # the student alone writes the answer: it must follow from the text, not from the hint
+        written = batch.last_tokens(7)  # \boxed{ has 7 characters, so at most 7 tokens
+        begun = ["\\boxed{" in text for text in tokenizer.batch_decode(written)]
+        boxed[batch.slot] |= torch.tensor(begun, device=model.device)
+        log_m = torch.where(boxed[batch.slot, None], log_q, log_m)
+        m, index = log_m.softmax(-1).sort(-1, descending=True)
+        m = m.masked_fill(m.cumsum(-1) - m >= 0.95, 0)  # nucleus first,
+        m = m ** (1 / 0.3)  # then temperature
+        noise = torch.empty_like(m).exponential_(generator=generator)
+        token = index.gather(1, (m / noise).argmax(-1, keepdim=True))  # [B, 1]
+        ended = (token == stops).any(1)
+        return token[:, 0], log_m.gather(1, token)[:, 0], ended
+
     ids = torch.full((len(hinted), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    generator = ranks.generator(device)
     lengths = [len(prompt) for prompt in hinted]
     for rows in decoding.batches(range(len(hinted)), args.sample_rows, lengths):
         prompts = [hinted[i] for i in rows] + [student[i] for i in rows]
-        token, mask = tok.pad(prompts, "left", device)  # [2 rows, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = decoding.Cache(config=model.config)
-        boxed = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)  # answer begun?
-        for t in range(args.max_new_tokens):
-            out = model(
-                token,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1].float()
-            log_p, log_q = logits.log_softmax(-1).chunk(2)  # hinted, student: [rows, V] each
-            log_m = mixture(log_p, log_q, args.beta) if t else log_p  # the hinted stream begins
-            # the student alone writes the answer: it must follow from the text, not from the hint
-            log_m = torch.where(boxed, log_q, log_m)
-            m, index = log_m.softmax(-1).sort(-1, descending=True)
-            m = m.masked_fill(m.cumsum(-1) - m >= 0.95, 0)  # nucleus first,
-            m = m ** (1 / 0.3)  # then temperature
-            token = index.gather(1, torch.multinomial(m, 1, generator=generator))  # [rows, 1]
-            ids[rows, t] = token[:, 0].cpu()
-
-            # \boxed{ has 7 characters, so at most 7 tokens
-            tails = tokenizer.batch_decode(ids[rows, max(0, t - 7) : t + 1])
-            begun = [["\\boxed{" in tail] for tail in tails]
-            boxed |= torch.tensor(begun, device=device)
-            keep = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            both = torch.cat([keep, keep + len(rows)])  # finished rows leave both contexts
-            if len(keep) < len(rows):
-                cache.batch_select_indices(both)
-            rows = rows[keep.cpu()]
-            token = token[keep].repeat(2, 1)
-            boxed = boxed[keep]
-            mask = F.pad(mask[both], (0, 1), value=1)
-            position = position[both, -1:] + 1
+        boxed = torch.zeros(len(rows), dtype=torch.bool, device=model.device)  # answer begun?
+        budgets = [args.max_new_tokens] * len(rows)
+        batch = decoding.Batch(model, prompts, budgets, contexts=2, recorded=False)
+        drawn, _ = batch.decode(draw, generator)
+        ids[rows, : drawn.shape[1]] = drawn
     return [row[row >= 0].tolist() for row in ranks.reduce(ids, "MAX")]
 
 
@@ -372,10 +324,8 @@ def main(args):
         train = train.filter(bool, input_columns="kept")
         nothing = "no own solution or rewrite is correct and ended by EOS; see --max-new-tokens."
         flags.demand(len(train), f"--hinted: {nothing}")
-    epochs = args.steps * args.batch_size // len(train) + 1
     torch.manual_seed(args.seed)
-    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])  # row numbers
-    order = order.split(args.batch_size)
+    order = data.shuffled_batches(len(train), args.steps, args.batch_size)
     print(f"one step: {args.batch_size} of {len(train):,} demonstrations")
 
     for step in runs.steps(state, args.steps):
@@ -393,17 +343,19 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
-        losses, entropies = [], []
+        losses = []
+        entropies = []
         phi = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
             with autocast:  # [B, width]
                 logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            m = mask[micro]
             vocabulary = model.config.get_text_config().vocab_size
-            loss = idft_loss(logp, entropy, mask[micro], mask.sum(), vocabulary, args)
+            loss = idft_loss(logp, entropy, m, mask.sum(), vocabulary, args)
             loss.backward()
             losses.append(loss.item())
-            entropies.append(entropy.detach()[mask[micro].bool()].cpu())  # [tokens]
-            phi.append((logp + entropy).detach()[mask[micro].bool()].cpu())
+            entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
+            phi.append((logp + entropy).detach()[m.bool()].cpu())
         parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if runs.finite(norm, state):

@@ -1,19 +1,18 @@
-"""Prefix-RFT: one completion of each group starts inside a demonstration; the policy writes the rest.
+"""Prefix-RFT: one completion of each group continues a demonstration that was cut off at random.
 
-Huang et al., Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling, arXiv 2507.01679.
-The hybrid, y*_<L + its continuation, is judged like any completion and shares the baseline of its
-group: the policy imitates a demonstration as far as that earns more reward than it gets alone.
-Against grpo.py:
+Huang et al., Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling, 2507.01679.
+The hybrid, y*_<L and its continuation, is judged like any completion and shares the baseline of
+its group: demonstrations are imitated where that earns more reward. Against grpo.py:
 
     data    G - 1 on-policy completions and one hybrid, L = int(l |y*|), l ~ U[low(step), 0.95];
             low decays by a cosine
     weight  I_clip r A on both parts of the hybrid; old_logp of the prefix is the current policy's
-    mask    of the batch's prefix tokens only the 20 % of highest entropy keep A, the others get 0
+    mask    of the batch's prefix tokens only the 20 % of highest entropy keep A, others get 0
     Z       unchanged: it counts the tokens whose A is 0, too
 
-Neighbours: --prefix-schedule none is grpo.py, bit by bit; --prefix-loss none gives prefix hints only;
---prefix-schedule full --prefix-loss all with --prefix-weight luffy is LUFFY (2504.14945), with sft
-it is RL plus an SFT loss.
+--prefix-schedule none is grpo.py, bit by bit; --prefix-loss none gives prefix hints without a loss.
+--prefix-schedule full --prefix-loss all is LUFFY (2504.14945) with --prefix-weight luffy, and RL
+plus an SFT loss with --prefix-weight sft.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
     python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
@@ -37,55 +36,58 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/prefix_rft", help="folder for logs, checkpoints and final/")
-    add("--seed", type=flags.integer(0), default=0, help="seed of all random draws")
-    add("--steps", type=flags.integer(0, 999999), default=100, help="batches; 0 only evaluates")
+    add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
+    add("--steps", type=flags.steps, default=100, help="training steps; 0 only evaluates")
     add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny/model", help="hub name or folder")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not weights")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--model", default="tiny/model", help="hub name or folder of the initial policy")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="tiny/data", help="hub name, folder, or json(l), csv, parquet file")
+    add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
     add("--split", default="train", help="split to train on")
-    add("--eval-data", help="data set of the held-out rows; default: --data")
-    add("--eval-split", help="split of the held-out rows; default: test, or a tenth of --split")
+    add("--eval-data", help="data set with the held-out rows; default: --data")
+    add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else --solution-key")
+    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
-    add("--prompt-template", default="{question}", help="prompt text; must contain {question}")
+    add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="decay")
-    add("--warmup-steps", type=flags.integer(0), default=5, help="steps from 0 to the peak")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
     add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
-    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="longest sampled response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling and scoring")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget of a response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: at start and end")
-    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions")
+    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
+    add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="Z")
-    add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low")
-    add("--clip-high", type=flags.number(0), default=0.2, help="eps_high; DAPO: 0.28")
-    add("--kl-coef", type=flags.number(0), default=0.0, help="beta of k3 to the initial policy")
-    add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over a batch")
+    norms = ["sequence", "token", "constant"]
+    add("--loss-norm", choices=norms, default="constant", help="loss normalisation, Z")
+    add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
+    add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
+    add("--kl-coef", type=flags.number(0), default=0.0, help="beta, of the KL to the initial policy")
+    add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the completions")
     add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: soft penalty")
-    add("--prefix-schedule", choices=["cosine", "uniform", "full", "none"], default="cosine", help="l")
-    add("--prefix-decay-steps", type=flags.integer(1), default=100, help="until low(step) is 0.05")
-    add("--prefix-loss", choices=["keep", "all", "none", "random", "bottom"], default="keep", help="A")
-    add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share that keeps A")
-    add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="of the prefix")
-    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="of questions, demonstrated")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: soft penalty zone")
+    schedules = ["cosine", "uniform", "full", "none"]
+    add("--prefix-schedule", choices=schedules, default="cosine", help="how prefix lengths are drawn")
+    add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps from 0.95 to 0.05")
+    kept = ["keep", "all", "none", "random", "bottom"]
+    add("--prefix-loss", choices=kept, default="keep", help="which prefix tokens are trained")
+    add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of them")
+    add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="of prefix tokens")
+    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share with demonstration")
     return parser.parse_args(argv)
 
 
@@ -97,73 +99,37 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     A response ends with EOS unless the budget truncates it. `spent` is the number of response
     tokens that each prompt already holds; they count against the budget.
     """
-    device = model.device
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
+    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    generator = ranks.generator(model.device)
+    spent = spent or [0] * len(prompts)
+    budget_left = [args.max_new_tokens - n for n in spent]
+
+    def draw(logits):
+        """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
+        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: exactly what `logprobs` scores
+        if temperature:
+            # the argmax of p_i / Exp(1) is token i with probability p_i: multinomial, without a sync
+            noise = torch.empty_like(p).exponential_(generator=generator)
+            token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        logp = p.gather(1, token).log()
+        ended = (token == stops).any(1)
+        return token[:, 0], logp[:, 0], ended
+
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps = torch.zeros(len(prompts), args.max_new_tokens)
-    generator = ranks.generator(device)
-    budget_left = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # [N]
+    logps = torch.zeros(ids.shape)
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
     lengths = [len(prompt) for prompt in prompts]
-    unfinished = (budget_left > 0).nonzero()[:, 0].tolist()
-    unfinished.sort(key=lambda i: lengths[i])  # similar lengths together: little padding
-
     for rows in decoding.batches(unfinished, args.sample_rows, lengths):
-        # each distinct prompt is processed once, however many completions it gets
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
-        copies = [distinct.index(tuple(prompts[i])) for i in rows]
-        copies = torch.tensor(copies, device=device)
-        token, mask = tok.pad(distinct, side="left", device=device)  # [distinct, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-        cache = decoding.Cache(config=model.config)
-
-        for t in range(args.max_new_tokens):
-            out = model(
-                token,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1].float()  # [rows, V]; softmax in fp32
-            if t == 0:  # from one row per distinct prompt to one row per response
-                cache.batch_select_indices(copies)
-                logits = logits[copies]
-                mask = mask[copies]
-                position = position[copies, -1:]
-                alive = copies >= 0  # all of them
-
-            # no top-p: exactly the distribution that `logprobs` scores
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)
-            if temperature:
-                token = logp.exp().multinomial(1, generator=generator)  # [rows, 1]
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            ids[rows, t] = token[:, 0].cpu()
-            logps[rows, t] = logp.gather(1, token)[:, 0].cpu()
-
-            # a response is finished after EOS or at the end of its budget
-            alive = alive & ~torch.isin(token[:, 0], stops)
-            alive = alive & (budget_left[rows] > t + 1).to(device)
-            left = alive.sum().item()
-            if left == 0:
-                break
-            if left < 0.8 * len(rows):  # not at once: each removal copies the cache
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows = rows[keep.cpu()]
-                token = token[keep]
-                mask = mask[keep]
-                position = position[keep]
-                alive = alive[keep]
-            mask = F.pad(mask, (0, 1), value=1)
-            position = position + alive[:, None]
-
-    ids = ranks.reduce(ids, "MAX")  # every rank gets all responses
-    logps = ranks.reduce(logps)
-    responses = []
-    for row, budget in zip(ids, budget_left.tolist()):
-        sampled = row[row >= 0].tolist()
-        responses.append(tok.truncate(sampled, stops.tolist(), budget))
+        chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+        batch = decoding.Batch(model, chosen, budgets)
+        drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
+        ids[rows, : drawn.shape[1]] = drawn
+        logps[rows, : drawn.shape[1]] = drawn_logp
+    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # every rank gets all responses
+    responses = [row[row >= 0].tolist() for row in ids]
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
@@ -193,8 +159,7 @@ def score(model, tokens, response_mask, args):
 # ---- the method ------------------------------------------------------------------------
 def draw_prefix(tokenizer, row, step, args):
     """y*_<L, the ids of a random prefix of the demonstration y*; empty if there is none."""
-    demonstrated = row["demonstrated"] and row[args.solution_key]
-    if args.prefix_schedule == "none" or not demonstrated:
+    if args.prefix_schedule == "none" or not (row["demonstrated"] and row[args.solution_key]):
         return []
     ids = tok.encode_response(tokenizer, row[args.solution_key])  # y*, EOS included
     if args.prefix_schedule == "full":
@@ -218,7 +183,7 @@ def rollout(model, tokenizer, rows, step, args):
     for i in range(0, len(rows), args.group_size):
         prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
-    whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # EOS: nothing is left to sample
+    whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
     continuations, _ = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
@@ -343,15 +308,13 @@ def self_check(model, tokenizer, rows, args):
 def main(args):
     train, test = data.load_splits(args)
     torch.manual_seed(args.seed)
-    known = args.prefix_schedule == "none" or args.solution_key in train.column_names
-    flags.demand(known, f"--solution-key {args.solution_key}: {args.data} has no such column.")
+    if args.prefix_schedule != "none":
+        data.demand_column(train, "--solution-key", args.solution_key)
     out, state, model, tokenizer = runs.open_run(args)
     reference = None
     if args.kl_coef:
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
-    epochs = args.steps * args.batch_size // len(train) + 1
-    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])  # row numbers
-    order = order.split(args.batch_size)
+    order = data.shuffled_batches(len(train), args.steps, args.batch_size)
     demonstrated = torch.rand(len(train)) < args.demo_fraction
     train = train.add_column("demonstrated", demonstrated.tolist())
     optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)

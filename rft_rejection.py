@@ -38,48 +38,49 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/rft_rejection", help="folder for logs, checkpoints and final/")
-    add("--seed", type=flags.integer(0), default=0, help="seed of all random draws")
-    add("--steps", type=flags.integer(0, 999999), default=200, help="batches per round; 0 only evaluates")
+    add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
+    add("--steps", type=flags.steps, default=200, help="training steps per round; 0 only evaluates")
     add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny/model", help="hub name or folder")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not weights")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--model", default="tiny/model", help="hub name or folder of the initial policy")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="tiny/data", help="hub name, folder, or json(l), csv, parquet file")
+    add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
     add("--split", default="train", help="split to train on")
-    add("--eval-data", help="data set of the held-out rows; default: --data")
-    add("--eval-split", help="split of the held-out rows; default: test, or a tenth of --split")
+    add("--eval-data", help="data set with the held-out rows; default: --data")
+    add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else --solution-key")
+    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
-    add("--prompt-template", default="{question}", help="prompt text; must contain {question}")
+    add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=flags.number(0, 1), default=1e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="decay")
-    add("--warmup-steps", type=flags.integer(0), default=5, help="steps from 0 to the peak")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
-    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="of the k samples")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="longest sampled response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="sampling temperature; training is at 1")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget of a response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: at start and end")
-    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions")
+    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
+    add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
     add("--k", type=flags.integer(0), default=8, help="samples per question and round")
-    add("--questions", type=flags.integer(0), default=1000, help="questions to sample; 0: all")
-    add("--keep-per-question", type=flags.integer(0), default=0, help="random paths kept; 0: all")
-    add("--add-gold", action="store_true", help="also train on the questions' demonstrations")
-    add("--rationalize", nargs="?", const="{question}\nAnswer: {gold}", help="STaR: retry with gold")
+    add("--questions", type=flags.integer(0), default=1000, help="training questions to sample; 0: all")
+    add("--keep-per-question", type=flags.integer(0), default=0, help="limit on kept samples; 0: none")
+    add("--add-gold", action="store_true", help="also train on the demonstrations of these questions")
+    const = "{question}\nAnswer: {gold}"
+    add("--rationalize", nargs="?", const=const, help="STaR: retry unsolved questions, shown the gold")
     add("--rounds", type=flags.integer(1), default=1, help="rounds of sampling and training")
-    add("--restart", choices=["base", "continue"], default="base", help="initial weights of a round")
-    add("--base", help="model that --restart base means; default: --model")
+    add("--restart", choices=["base", "continue"], default="base", help="what each round starts from")
+    add("--base", help="model of --restart base; default: --model")
     return parser.parse_args(argv)
 
 
@@ -91,83 +92,46 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     A response ends with EOS unless the budget truncates it. `spent` is the number of response
     tokens that each prompt already holds; they count against the budget.
     """
-    device = model.device
-    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=device)
+    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
+    generator = ranks.generator(model.device)
+    spent = spent or [0] * len(prompts)
+    budget_left = [args.max_new_tokens - n for n in spent]
+
+    def draw(logits):
+        """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
+        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: exactly what `logprobs` scores
+        if temperature:
+            # the argmax of p_i / Exp(1) is token i with probability p_i: multinomial, without a sync
+            noise = torch.empty_like(p).exponential_(generator=generator)
+            token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        logp = p.gather(1, token).log()
+        ended = (token == stops).any(1)
+        return token[:, 0], logp[:, 0], ended
+
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
-    logps = torch.zeros(len(prompts), args.max_new_tokens)
-    generator = ranks.generator(device)
-    budget_left = args.max_new_tokens - torch.tensor(spent or [0] * len(prompts))  # [N]
+    logps = torch.zeros(ids.shape)
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
     lengths = [len(prompt) for prompt in prompts]
-    unfinished = (budget_left > 0).nonzero()[:, 0].tolist()
-    unfinished.sort(key=lambda i: lengths[i])  # similar lengths together: little padding
-
     for rows in decoding.batches(unfinished, args.sample_rows, lengths):
-        # each distinct prompt is processed once, however many completions it gets
-        distinct = list(dict.fromkeys(tuple(prompts[i]) for i in rows))
-        copies = [distinct.index(tuple(prompts[i])) for i in rows]
-        copies = torch.tensor(copies, device=device)
-        token, mask = tok.pad(distinct, side="left", device=device)  # [distinct, P]
-        position = (mask.cumsum(1) - 1).clamp(min=0)  # padding takes no position
-        cache = decoding.Cache(config=model.config)
-
-        for t in range(args.max_new_tokens):
-            out = model(
-                token,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            logits = out.logits[:, -1].float()  # [rows, V]; softmax in fp32
-            if t == 0:  # from one row per distinct prompt to one row per response
-                cache.batch_select_indices(copies)
-                logits = logits[copies]
-                mask = mask[copies]
-                position = position[copies, -1:]
-                alive = copies >= 0  # all of them
-
-            # no top-p: exactly the distribution that `logprobs` scores
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)
-            if temperature:
-                token = logp.exp().multinomial(1, generator=generator)  # [rows, 1]
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            ids[rows, t] = token[:, 0].cpu()
-            logps[rows, t] = logp.gather(1, token)[:, 0].cpu()
-
-            # a response is finished after EOS or at the end of its budget
-            alive = alive & ~torch.isin(token[:, 0], stops)
-            alive = alive & (budget_left[rows] > t + 1).to(device)
-            left = alive.sum().item()
-            if left == 0:
-                break
-            if left < 0.8 * len(rows):  # not at once: each removal copies the cache
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows = rows[keep.cpu()]
-                token = token[keep]
-                mask = mask[keep]
-                position = position[keep]
-                alive = alive[keep]
-            mask = F.pad(mask, (0, 1), value=1)
-            position = position + alive[:, None]
-
-    ids = ranks.reduce(ids, "MAX")  # every rank gets all responses
-    logps = ranks.reduce(logps)
-    responses = []
-    for row, budget in zip(ids, budget_left.tolist()):
-        sampled = row[row >= 0].tolist()
-        responses.append(tok.truncate(sampled, stops.tolist(), budget))
+        chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+        batch = decoding.Batch(model, chosen, budgets)
+        drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
+        ids[rows, : drawn.shape[1]] = drawn
+        logps[rows, : drawn.shape[1]] = drawn_logp
+    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # every rank gets all responses
+    responses = [row[row >= 0].tolist() for row in ids]
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
 def attempt(model, tokenizer, rows, template, args):
     """k judged samples of each question, a list for each; the template may show the gold."""
-    rows, asked = list(rows), []
-    for row in rows:
-        text = template.replace("{gold}", row["gold"])
-        asked.append(text.replace("{question}", row[args.question_key]))
-    prompts = tok.encode_prompts(tokenizer, asked, args.prompt_template)
+    rows = list(rows)
+    texts = [template.replace("{gold}", row["gold"]) for row in rows]
+    texts = [x.replace("{question}", row[args.question_key]) for x, row in zip(texts, rows)]
+    prompts = tok.encode_prompts(tokenizer, texts, args.prompt_template)
     responses, _ = sample(model, tokenizer, prompts * args.k, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
     golds = [row["gold"] for row in rows] * args.k
@@ -194,8 +158,7 @@ def sample_and_filter(model, tokenizer, rows, args):
     """The samples of a round, of which `kept` says what to train on, and their metrics."""
     samples = attempt(model, tokenizer, rows, "{question}", args)
     rewards = [s["reward"] for found in samples for s in found]
-    solved = [any(s["reward"] for s in found) for found in samples]
-    failed = [i for i, done in enumerate(solved) if not done]
+    failed = [i for i, found in enumerate(samples) if not any(s["reward"] for s in found)]
     if args.rationalize:  # shown the answer, the model may find a way there; not shown in training
         retries = attempt(model, tokenizer, rows.select(failed), args.rationalize, args)
         for i, more in zip(failed, retries):
@@ -301,7 +264,7 @@ def main(args):
     out, state, model, tokenizer = runs.open_run(args)
     if args.add_gold:
         questions = data.with_gold(questions, args)
-    questions = questions.select(range(min(args.questions or len(questions), len(questions))))
+    questions = data.subset(questions, args.questions)
     optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -327,8 +290,8 @@ def main(args):
         if state.get("sampled", -1) < first:
             with autocast:
                 metrics, found = sample_and_filter(model, tokenizer, questions, args)
-            metrics = {"step": first} | metrics | {"seconds_sample": time.time() - began}
-            runs.log(out, metrics, found)
+            metrics["seconds_sample"] = time.time() - began
+            runs.log(out, {"step": first} | metrics, found)
             state["sampled"] = first
             if args.restart == "base":  # better samples, but the same initial weights
                 base, _ = models.load_model(args.base or args.model)
@@ -338,12 +301,10 @@ def main(args):
             runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # train what samples.jsonl says
             train = data.load_split(str(out / "samples.jsonl"), "train", {})
-            rows = enumerate(zip(train["step"], train["kept"]))
-            train = train.select([i for i, (at, kept) in rows if at == first and kept])
+            train = train.select([i for i, at in enumerate(train["step"]) if at == first])
+            train = train.filter(bool, input_columns="kept")
             torch.manual_seed(args.seed + first)  # a resumed run draws the same order
-            epochs = args.steps * args.batch_size // len(train) + 1
-            order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])  # row numbers
-            order = order.split(args.batch_size)
+            order = data.shuffled_batches(len(train), args.steps, args.batch_size)
         began = time.time()
 
         # demonstrations
@@ -355,14 +316,16 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
-        losses, entropies = [], []
+        losses = []
+        entropies = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
             with autocast:  # [B, width]
                 logp, entropy = logprobs(model, tokens[micro], mask[micro], 1.0)
-            loss = sft_loss(logp, mask[micro], mask.sum())
+            m = mask[micro]
+            loss = sft_loss(logp, m, mask.sum())
             loss.backward()
             losses.append(loss.item())
-            entropies.append(entropy.detach()[mask[micro].bool()].cpu())  # [tokens]
+            entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
         parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if runs.finite(norm, state):

@@ -4,6 +4,7 @@ import glob
 import os
 
 import datasets
+import torch
 from datasets import get_dataset_split_names, load_dataset
 from transformers import AutoConfig, AutoTokenizer
 
@@ -63,14 +64,18 @@ def load_split(path, split, columns, flag="--data"):
         raise BadInput(f"{flag} {path}: {split} cannot be read ({reason}).") from None
     demand(len(rows), f"{flag} {path}: {split} has no rows.")
     for column_flag, column in columns.items():
-        listed = ", ".join(rows.column_names)
-        exists = column in rows.column_names
-        demand(exists, f"{column_flag} {column}: no such column in {path}, only {listed}.")
+        demand_column(rows, column_flag, column)
         for i, text in enumerate(rows[column]):
             sentence = f"{column_flag} {column} is empty or not a string; fix or remove the row."
             is_text = isinstance(text, str) and text.strip()
             demand(is_text, f"{path}, {split}, row {i}: {sentence}")
     return rows
+
+
+def demand_column(rows, flag, column):
+    """Demand that the rows have this column, which a flag names."""
+    listed = ", ".join(rows.column_names)
+    demand(column in rows.column_names, f"{flag} {column}: the data has no such column, only {listed}.")
 
 
 def check_lengths(rows, name, args, demonstrations=False):
@@ -150,7 +155,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
     if not demonstrations:
         train = with_gold(train, args, no_gold)
     test = with_gold(test, args, no_gold)
-    return train, test.select(range(min(len(test), args.eval_questions)))
+    return train, subset(test, args.eval_questions)
 
 
 def held_out_split(path, args):
@@ -196,6 +201,18 @@ def with_gold(rows, args, no_gold=False):
 
 
 MARKS = ("\\boxed", "####", "answer is", "answer:")  # what comes before the answer in a longer text
+
+
+def subset(rows, count):
+    """At most `count` of the rows; 0 means all of them."""
+    return rows.select(range(min(count or len(rows), len(rows))))
+
+
+def shuffled_batches(rows, steps, batch_size):
+    """The row numbers of each step's batch, out of so many rows: a fresh permutation in every epoch."""
+    epochs = steps * batch_size // rows + 1
+    order = torch.cat([torch.randperm(rows) for _ in range(epochs)])
+    return order.split(batch_size)
 
 
 def without_ours(rows):

@@ -126,6 +126,9 @@ def within(least, most, value, text):
     return value
 
 
+steps = integer(0, 10**6 - 1)  # the random draws of step s are seeded with seed * 10**6 + s
+
+
 # ---- combinations ----------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """Models: load and check model folders, and the scalar heads of reward models and critics."""
 
+from copy import deepcopy
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -13,6 +16,7 @@ from transformers import (
     DynamicCache,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from common.plumbing.flags import BadInput, demand, first_line
 from common.tokenization import as_list, stop_ids
@@ -126,6 +130,8 @@ def recomputed(forward, *args, **kwargs):
 
 def check_positions(model, tokens, inputs):
     """Before each forward pass: what nobody can know before a run, such as the length of a hint."""
+    if getattr(inputs.get("past_key_values"), "checked", False):
+        return  # `decoding.Batch` has checked it for all of its steps
     position = inputs.get("position_ids")
     if position is not None:
         need = 1 + int(position.max())
@@ -147,6 +153,40 @@ def fits(model, need):
 def max_positions(config):
     """How many positions a model has; without a limit, more than anybody needs."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+# ---- the copy that samples -------------------------------------------------------------------------------
+
+COPIES = WeakKeyDictionary()  # model -> its copy
+CAST = (nn.Linear, Conv1D)  # autocast runs these in bf16, weights and biases
+
+
+@torch.no_grad()
+def sampler(model):
+    """What samples in the place of `model`: under autocast a copy with bf16 linear layers, else the model.
+
+    Autocast casts the weights of linear layers whenever they are used. The copy has them cast, at addresses
+    that a recorded step can rely on; everything else it shares with the model. Its logits are those of
+    autocast, bit for bit. They are refreshed here, in place, so the copy is never behind an optimizer step.
+    """
+    device = model.device.type
+    if not torch.is_autocast_enabled(device):
+        return model
+    dtype = torch.get_autocast_dtype(device)
+    if model not in COPIES:
+        shared = {id(x): x for x in [*model.parameters(), *model.buffers()]}
+        copy = deepcopy(model, shared)
+        for layer in copy.modules():
+            if isinstance(layer, CAST):  # a tied head parts from the embedding, which stays fp32
+                for name, weight in list(layer.named_parameters(recurse=False)):
+                    cast = torch.empty_like(weight, dtype=dtype)
+                    setattr(layer, name, nn.Parameter(cast, requires_grad=False))
+        COPIES[model] = copy
+    for layer, source in zip(COPIES[model].modules(), model.modules()):
+        if isinstance(layer, CAST):
+            for weight, original in zip(layer.parameters(recurse=False), source.parameters(recurse=False)):
+                weight.copy_(original)
+    return COPIES[model]
 
 
 # ---- reward models and critics ---------------------------------------------------------------------------
