@@ -2,12 +2,14 @@
 
 Four rules, each of which prevents a bug that keeps coming back in this field:
 
-1. Prompt and response are encoded separately and joined as ids. No token straddles the boundary, and masks
-   are exact.
-2. EOS is part of the response: it is sampled, scored and trained on. A model that never has EOS as a target
-   never learns to stop.
-3. Masks come from lengths, never from comparing ids with the pad id. For many models pad *is* EOS.
-4. Scoring pads on the right, where causal attention does not look. Only sampling pads on the left.
+1. Prompt and response are encoded separately and joined as ids. No token straddles the
+   boundary, and masks are exact.
+2. EOS is part of the response: it is sampled, scored and trained on. A model that never has
+   EOS as a target never learns to stop.
+3. Masks come from lengths, never from comparing ids with the pad id. For many models pad *is*
+   EOS.
+4. Scoring pads on the right, where causal attention does not look. Only sampling pads on the
+   left.
 """
 
 import torch
@@ -18,9 +20,10 @@ import torch
 def encode_prompts(tokenizer, questions, template="{question}"):
     """For each question, the ids of everything before the first response token.
 
-    `template` wraps the question ("{question} Box the answer."). It is filled in by replacement and not by
-    str.format, because LaTeX is full of braces. A model without a chat template gets a plain prompt that
-    ends in a newline: then a response is tokenised as in running text without a leading space.
+    `template` wraps the question ("{question} Box the answer."). It is filled in by
+    replacement and not by str.format, because LaTeX is full of braces. A model without a chat
+    template gets a plain prompt that ends in a newline: then a response is tokenised as in
+    running text without a leading space.
     """
     texts = [template.replace("{question}", question) for question in questions]
     if tokenizer.chat_template is None:
@@ -104,11 +107,11 @@ def align(values, response_mask):
 def micro_batches(response_mask, rows, max_tokens, shard=(0, 1)):
     """Split the row numbers `rows` into micro-batches [(rows, width), ...] of rows x width <= `max_tokens`.
 
-    Rows of similar length go together, so there is little padding. `width` ends at the last response token
-    of the longest row. A row longer than `max_tokens` is a micro-batch of its own; a row without response
-    tokens is left out. `shard` is (rank, world size): each rank takes every n-th row, so that all ranks have
-    the same mix of lengths. Every script divides by a normaliser of the global batch, so how the batch is
-    split never changes a gradient.
+    Rows of similar length go together, so there is little padding. `width` ends at the last
+    response token of the longest row. A row longer than `max_tokens` is a micro-batch of its
+    own; a row without response tokens is left out. `shard` is (rank, world size): each rank
+    takes every n-th row, so that all ranks have the same mix of lengths. Every script divides
+    by a normaliser of the global batch, so how the batch is split never changes a gradient.
     """
     rank, world_size = shard
     index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)

@@ -11,8 +11,9 @@ from common.plumbing import ranks
 def batches(rows, size, lengths):
     """This rank's part of the row numbers `rows`, every n-th, as tensors of at most `size` rows.
 
-    `rows` come shortest first, and only rows of similar `lengths` are padded together: beside a
-    demonstration of thousands of tokens a short prompt would take as much of the key-value cache.
+    `rows` come shortest first, and only rows of similar `lengths` are padded together: beside
+    a demonstration of thousands of tokens a short prompt would take as much of the key-value
+    cache.
     """
     rank, world_size = ranks.shard()
     parts = []
@@ -26,8 +27,9 @@ def batches(rows, size, lengths):
 class Cache(DynamicCache):
     """transformers' keys and values, in the dtype of activations and with space for tokens to come.
 
-    RoPE's cosines are fp32 where the weights are, so under autocast bf16 keys come out of it as fp32. The
-    cache would take twice the memory and would be cast to bf16 again for every token that is sampled.
+    RoPE's cosines are fp32 where the weights are, so under autocast bf16 keys come out of it
+    as fp32. The cache would take twice the memory and would be cast to bf16 again for every
+    token that is sampled.
     """
 
     def __init__(self, config):
@@ -48,8 +50,8 @@ class Cache(DynamicCache):
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, T, D] of a layer: views of buffers that grow by `SPARE` tokens at once.
 
-    transformers' own layer copies all that it holds for each new token. After a few hundred tokens that
-    takes longer than attending to them.
+    transformers' own layer copies all that it holds for each new token. After a few hundred
+    tokens that takes longer than attending to them.
     """
 
     SPARE = 32

@@ -89,7 +89,7 @@ def integer(least=0, most=10**12):
     return parse
 
 
-def number(least=0.0, most=1e30):
+def number(least=0, most=1e30):
     """The type of a number within bounds; NaN and infinity are out of any bounds."""
 
     def parse(text):
