@@ -144,7 +144,9 @@ def load_splits(args, demonstrations=False, no_gold=False):
     else:
         sentence = "one row cannot be both trained on and held out; give --eval-data."
         demand(len(train) > 1, f"--data {path}: {sentence}")
-        print(f"there is no split test: every tenth row of {args.split} is held out and never trained on")
+        print(
+            f"there is no split named test: every tenth row of {args.split} is held out and never trained on"
+        )
         test = train.select(range(0, len(train), 10))
         train = train.select([i for i in range(len(train)) if i % 10])
 
@@ -201,6 +203,6 @@ MARKS = ("\\boxed", "####", "answer is", "answer:")  # what comes before the ans
 
 
 def without_ours(rows):
-    """The rows without columns named as those that scripts add; what the data has there is not read."""
+    """The rows without columns of the names that scripts add: those of the data are not read."""
     ours = [name for name in ("gold", "demonstrated") if name in rows.column_names]
     return rows.remove_columns(ours)

@@ -9,7 +9,7 @@ from math import isfinite
 
 
 class BadInput(SystemExit):
-    """A mistake of the user's: one sentence with the flag, file or row and the remedy.
+    """The user's mistake, in one sentence: the flag, file or row, and the remedy.
 
     The exit status is 2, and there is no traceback.
     """
@@ -130,7 +130,7 @@ def within(least, most, value, text):
 
 
 def check(args):
-    """What no flag can say alone. A check applies to the scripts that have its flags."""
+    """Check combinations of flags. Each check applies to the scripts that have its flags."""
     given = vars(args)
     budget = args.max_new_tokens
 

@@ -34,7 +34,7 @@ def read_folder(kind, source, flag):
 
 
 def cannot_load(flag, source, error):
-    """One of a dozen types of error, and every one of them is about the user's folder."""
+    """The error may be of a dozen types; every one of them is about the user's folder."""
     return BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.")
 
 
@@ -126,7 +126,7 @@ def recomputed(forward, *args, **kwargs):
 
 
 def check_positions(model, tokens, inputs):
-    """Before each forward pass: what nobody can know before a run, such as the length of a hint."""
+    """Before each forward pass: lengths that are unknown before a run, such as that of a hint."""
     position = inputs.get("position_ids")
     if position is not None:
         need = 1 + int(position.max())

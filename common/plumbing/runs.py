@@ -223,7 +223,7 @@ def finish(out, args, script=None):
     for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
         if path.exists():
             print(f"{label:14}{path}")
-    if (out / "final").exists():
+    if (out / "final").exists() and args.steps:  # with 0 steps this was the evaluation
         print(f"{'evaluate it':14}{evaluate_command(out, args, script)}")
     print(f"{'plot it':14}{shlex.join(['python', 'tools/plot.py', str(out)])}")
 
