@@ -2,12 +2,14 @@
 
 Four rules, each of which prevents a bug that keeps coming back in this field:
 
-1. Prompt and response are encoded separately and joined as ids. No token straddles the boundary, and masks
-   are exact.
-2. EOS is part of the response: it is sampled, scored and trained on. A model that never has EOS as a target
-   never learns to stop.
-3. Masks come from lengths, never from comparing ids with the pad id. For many models pad *is* EOS.
-4. Scoring pads on the right, where causal attention does not look. Only sampling pads on the left.
+1. Prompt and response are encoded separately and joined as ids. No token straddles the
+   boundary, and masks are exact.
+2. EOS is part of the response: it is sampled, scored and trained on. A model that never has
+   EOS as a target never learns to stop.
+3. Masks come from lengths, never from comparing ids with the pad id. For many models pad *is*
+   EOS.
+4. Scoring pads on the right, where causal attention does not look. Only sampling pads on the
+   left.
 """
 
 import torch
@@ -18,9 +20,10 @@ import torch
 def encode_prompts(tokenizer, questions, template="{question}"):
     """For each question, the ids of everything before the first response token.
 
-    `template` wraps the question ("{question} Box the answer."). It is filled in by replacement and not by
-    str.format, because LaTeX is full of braces. A model without a chat template gets a plain prompt that
-    ends in a newline: then a response is tokenised as in running text without a leading space.
+    `template` wraps the question ("{question} Box the answer."). It is filled in by
+    replacement and not by str.format, because LaTeX is full of braces. A model without a chat
+    template gets a plain prompt that ends in a newline: then a response is tokenised as in
+    running text without a leading space.
     """
     texts = [template.replace("{question}", question) for question in questions]
     if tokenizer.chat_template is None:

@@ -705,24 +705,3 @@ def math_reward(completions: list[str], golds: list[str]) -> list[float]:
 def check_gold(gold: str) -> bool:
     """Is the gold read, and does it equal itself? A row where not should be dropped, and counted."""
     return isinstance(gold, str) and _read(gold).kind != "unread" and verify(f"\\boxed{{{gold}}}", gold)
-
-
-def evaluation(completions: list[str], right: list[float], levels: list) -> dict:
-    """Scores of held-out questions, overall and for each level: greedy accuracy, pass@k; and counts of
-    verdicts.
-
-    completions and their verdicts `right`: the greedy answers to all Q questions first, then n rounds of
-    samples, (1 + n) Q in all; levels: Q, None where there is none. pass@k = 1 - C(n - c, k) / C(n, k) is
-    unbiased for c right among n samples (Chen et al., 2107.03374).
-    """
-    levels, size = [None if x is None else str(x) for x in levels], len(levels)
-    n, scores = len(right) // size - 1, {}
-    for level in [None, *sorted(set(levels) - {None})]:
-        ids = [i for i in range(size) if level in (None, levels[i])]
-        scores[level] = {"accuracy": sum(right[i] for i in ids) / len(ids)}
-        for k in (2**j for j in range(n.bit_length())):
-            missed = [math.comb(n - int(sum(right[i + size :: size])), k) / math.comb(n, k) for i in ids]
-            scores[level][f"pass@{k}"] = 1 - sum(missed) / len(ids)
-    none = sum(extract_answer(text) is None for text in completions)
-    counts = {"right": int(sum(right)), "wrong": len(right) - int(sum(right)) - none, "no_answer": none}
-    return scores.pop(None) | counts | {"levels": scores}

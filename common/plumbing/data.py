@@ -43,7 +43,8 @@ def configured(path):
 def load_split(path, split, columns, flag="--data"):
     """One split of a data file, a folder, a hub name or name:configuration, memory-mapped.
 
-    `columns` maps the flag that names a column to the column. Each must exist and have text in every row.
+    `columns` maps the flag that names a column to the column. Each must exist and have text
+    in every row.
     """
     names = split_names(path, flag)
     listed = ", ".join(names)
@@ -127,10 +128,11 @@ def check_lengths(rows, name, args, demonstrations=False):
 def load_splits(args, demonstrations=False, no_gold=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
-    The held-out rows are --eval-split of --eval-data (or of --data), by default its split "test". Where
-    there is none, every tenth training row is held out and never trained on. Held-out rows have a column
-    `gold`. So have training rows, but with `demonstrations` they need a solution instead. `no_gold`: data
-    without gold answers will do, and then no response is correct.
+    The held-out rows are --eval-split of --eval-data (or of --data), by default its split
+    "test". Where there is none, every tenth training row is held out and never trained on.
+    Held-out rows have a column `gold`. So have training rows, but with `demonstrations` they
+    need a solution instead. `no_gold`: data without gold answers will do, and then no
+    response is correct.
     """
     ranks.shard()  # from here on only the first rank prints
     flags.check(args)
@@ -147,7 +149,9 @@ def load_splits(args, demonstrations=False, no_gold=False):
     else:
         sentence = "one row cannot be both trained on and held out; give --eval-data."
         demand(len(train) > 1, f"--data {path}: {sentence}")
-        print(f"there is no split test: every tenth row of {args.split} is held out and never trained on")
+        print(
+            f"there is no split named test: every tenth row of {args.split} is held out and never trained on"
+        )
         test = train.select(range(0, len(train), 10))
         train = train.select([i for i in range(len(train)) if i % 10])
 
@@ -175,9 +179,9 @@ def held_out_split(path, args):
 def with_gold(rows, args, no_gold=False):
     """The rows whose gold parses, with a column `gold`; the others are dropped and counted.
 
-    The answer column has the bare answer or a text that ends in it (GSM8K's ####, MATH's \\boxed{}, "The
-    answer is"). Without such a column the gold is what the solution ends in. A demonstration may be
-    incorrect, a gold may not: then it has a column of its own.
+    The answer column has the bare answer or a text that ends in it (GSM8K's ####, MATH's
+    \\boxed{}, "The answer is"). Without such a column the gold is what the solution ends in.
+    A demonstration may be incorrect, a gold may not: then it has a column of its own.
     """
     has_answers = args.answer_key in rows.column_names
     column = args.answer_key if has_answers else args.solution_key
@@ -216,6 +220,6 @@ def shuffled_batches(rows, steps, batch_size):
 
 
 def without_ours(rows):
-    """The rows without columns named as those that scripts add; what the data has there is not read."""
+    """The rows without columns of the names that scripts add: those of the data are not read."""
     ours = [name for name in ("gold", "demonstrated") if name in rows.column_names]
     return rows.remove_columns(ours)

@@ -179,9 +179,10 @@ class Batch:
         self.position += self.alive.repeat(self.contexts)[:, None]
 
     def last_tokens(self, count):
-        """The last so many response tokens of each row, [B, <= count]; it asks the host."""
+        """The last response tokens of each row, up to `count` of them: lists of ids; it asks the host."""
         t = int(self.t)
-        return self.ids[self.slot, max(0, t - count) : t]
+        last = self.ids[self.slot, max(0, t - count) : t].tolist()
+        return [[token for token in row if token >= 0] for row in last]
 
     def look(self, t, steps):
         """Before the next `steps` steps, the first of which draws token t: is a row alive, did tensors move?"""

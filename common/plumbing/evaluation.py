@@ -9,7 +9,8 @@ from common.verifier import extract_answer
 def pass_at_k(correct, n, k):
     """The mean of 1 - C(n - c, k) / C(n, k) over questions with c correct of n samples.
 
-    It is the unbiased estimate of the share of questions that k samples solve (Chen et al., 2107.03374).
+    It is the unbiased estimate of the share of questions that k samples solve (Chen et al.,
+    2107.03374).
     """
     missed = [comb(n - c, k) / comb(n, k) for c in correct]
     return 1 - sum(missed) / len(missed)
@@ -18,8 +19,8 @@ def pass_at_k(correct, n, k):
 def verdict_counts(texts, verdicts, levels):
     """Greedy accuracy and pass@k of held-out questions, overall and for each level, and counts of verdicts.
 
-    texts, verdicts: the greedy responses to all Q questions first, then n rounds of samples, (1 + n) Q in
-    all. levels: Q, None where a question has none.
+    texts, verdicts: the greedy responses to all Q questions first, then n rounds of samples,
+    (1 + n) Q in all. levels: Q, None where a question has none.
     """
     levels = [None if level is None else str(level) for level in levels]
     metrics = scores(verdicts, len(levels), range(len(levels)))

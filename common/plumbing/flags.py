@@ -9,7 +9,7 @@ from math import isfinite
 
 
 class BadInput(SystemExit):
-    """A mistake of the user's: one sentence with the flag, file or row and the remedy.
+    """The user's mistake, in one sentence: the flag, file or row, and the remedy.
 
     The exit status is 2, and there is no traceback.
     """
@@ -89,7 +89,7 @@ def integer(least=0, most=10**12):
     return parse
 
 
-def number(least=0.0, most=1e30):
+def number(least=0, most=1e30):
     """The type of a number within bounds; NaN and infinity are out of any bounds."""
 
     def parse(text):
@@ -133,7 +133,7 @@ steps = integer(0, 10**6 - 1)  # the random draws of step s are seeded with seed
 
 
 def check(args):
-    """What no flag can say alone. A check applies to the scripts that have its flags."""
+    """Check combinations of flags. Each check applies to the scripts that have its flags."""
     given = vars(args)
     budget = args.max_new_tokens
 

@@ -78,16 +78,18 @@ def load_state(folder, args):
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     except Exception as error:
         reason = type(error).__name__  # torch's own text advises executing what is in the file
-        damaged = f"{folder}/state.pt is damaged or contains more than tensors and numbers ({reason})"
-        raise BadInput(f"--resume: {damaged}; start without --resume.") from None
-    demand("written" in state, f"--resume: {folder} is from an older version; start without --resume.")
+        damaged = f"{folder}/state.pt is damaged or contains more than tensors and numbers"
+        raise BadInput(f"--resume: {damaged} ({reason}); start without --resume.") from None
+    is_current = "written" in state
+    demand(is_current, f"--resume: {folder} is from an older version; start without --resume.")
     same_arguments(state["args"], args)
     return state
 
 
 def same_arguments(first, args):
     """Demand the arguments of the first run, but for the folder, which may have been moved."""
-    may_differ = ("resume", "output_dir", "stop_after", "unparseable_gold")  # the last one is a count
+    # unparseable_gold is not given but counted
+    may_differ = ("resume", "output_dir", "stop_after", "unparseable_gold")
     names = [name for name in vars(args) if name in first and name not in may_differ]
     changed = ", ".join(name for name in names if first[name] != getattr(args, name))
     demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")

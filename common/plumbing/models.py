@@ -38,17 +38,18 @@ def read_folder(kind, source, flag):
 
 
 def cannot_load(flag, source, error):
-    """One of a dozen types of error, and every one of them is about the user's folder."""
+    """The error may be of a dozen types; every one of them is about the user's folder."""
     return BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.")
 
 
 def load_model(source, recompute=False, flag="--model"):
     """Model and tokenizer of a folder or hub name, on the GPU if there is one, without dropout.
 
-    Weights are fp32, whatever the file has: an update at the learning rates of RL is below the resolution
-    of bf16, where Adam at 1e-6 leaves 98 % of the weights unchanged. `--dtype bf16` is autocast over these
-    fp32 weights. With `recompute` layers keep only their inputs, for --gradient-checkpointing.
-    Nothing in a folder is executed: its Python files are not imported, pickled weights are not read.
+    Weights are fp32, whatever the file has: an update at the learning rates of RL is below
+    the resolution of bf16, where Adam at 1e-6 leaves 98 % of the weights unchanged. `--dtype
+    bf16` is autocast over these fp32 weights. With `recompute` layers keep only their inputs,
+    for --gradient-checkpointing. Nothing in a folder is executed: its Python files are not
+    imported, pickled weights are not read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -129,7 +130,7 @@ def recomputed(forward, *args, **kwargs):
 
 
 def check_positions(model, tokens, inputs):
-    """Before each forward pass: what nobody can know before a run, such as the length of a hint."""
+    """Before each forward pass: lengths that are unknown before a run, such as that of a hint."""
     if getattr(inputs.get("past_key_values"), "checked", False):
         return  # `decoding.Batch` has checked it for all of its steps
     position = inputs.get("position_ids")
@@ -195,9 +196,9 @@ def sampler(model):
 def load_scorer(source, tokenizer, args, new_head=False):
     """A reward model or critic: one number for each position instead of logits.
 
-    It is read as a token classifier with one label, because that class selects no position by itself. A
-    sequence classifier of the same architecture has the same weights. With `new_head` the folder may be that
-    of a language model, and the head is drawn at random.
+    It is read as a token classifier with one label, because that class selects no position by
+    itself. A sequence classifier of the same architecture has the same weights. With
+    `new_head` the folder may be that of a language model, and the head is drawn at random.
     """
     flag = f"--reward-model {source}"
     try:
@@ -232,8 +233,8 @@ def scalar_head(scorer):
 def read_scores(scorer, hidden):
     """The number at each position, [B, T], of hidden states [B, T, D]; fp32, also under autocast.
 
-    In bf16, values between 2 and 4 are 1/64 apart. The differences of neighbours, which GAE adds up, would
-    be rounding errors.
+    In bf16, values between 2 and 4 are 1/64 apart. The differences of neighbours, which GAE
+    adds up, would be rounding errors.
     """
     head = scalar_head(scorer)
     with torch.autocast(hidden.device.type, enabled=False):

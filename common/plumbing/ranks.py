@@ -1,10 +1,10 @@
 """Ranks: what torchrun starts, what is divided among them, and what is summed or gathered over them.
 
-Under `torchrun` every process runs the whole script on the same data, in the same order and with the same
-random numbers. Only three things are divided: sampling (`decoding.batches`), scoring and training
-(`tok.micro_batches`). Their results are put together again at once (`reduce`, `gather`). So everything else,
-that is rewards, advantages, normalisers and metrics, is computed from the whole batch and is equal on all
-ranks.
+Under `torchrun` every process runs the whole script on the same data, in the same order and
+with the same random numbers. Only three things are divided: sampling (`decoding.batches`),
+scoring and training (`tok.micro_batches`). Their results are combined again at once
+(`reduce`, `gather`). So everything else, that is rewards, advantages, normalisers and
+metrics, is computed from the whole batch and is equal on all ranks.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer, zero_redundancy_optimizer
 
-# ---- who is who ------------------------------------------------------------------------------------------
+# ---- rank and world size ---------------------------------------------------------------------------------
 
 
 def shard():
@@ -30,7 +30,7 @@ def shard():
 
 
 def start():
-    """Join the process group. From here on only the first rank prints."""
+    """Join the process group. From here on only the first rank prints to stdout."""
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -60,7 +60,7 @@ def barrier():
         dist.barrier()
 
 
-# ---- what is put together --------------------------------------------------------------------------------
+# ---- combining results -----------------------------------------------------------------------------------
 
 
 def reduce(x, how="SUM"):
@@ -107,7 +107,8 @@ def adamw(parameters, **settings):
 def broadcast_object(item, src_rank, group, device):
     """Send an object from one rank to all: ZeRO's state, for a checkpoint.
 
-    torch's own function turns bytes into a tensor one by one, which takes minutes for a gigabyte of moments.
+    torch's own function turns bytes into a tensor one by one, which takes minutes for a
+    gigabyte of moments.
     """
     is_source = dist.get_rank() == src_rank
     length = 0

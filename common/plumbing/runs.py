@@ -22,10 +22,10 @@ from common.plumbing.flags import BadInput, demand, first_line
 def open_run(args):
     """Begin or continue a run: its folder (Path), its state (a dict with `step`), model and tokenizer.
 
-    Without --resume the folder is new. An earlier run of that name is moved aside, never overwritten, and
-    only when nothing can be wrong with the arguments any more. With --resume everything comes from the
-    newest checkpoint, and later lines of metrics.jsonl and samples.jsonl are removed: they will be
-    written again.
+    Without --resume the folder is new. An earlier run of that name is moved aside, never
+    overwritten, and only when nothing can be wrong with the arguments any more. With --resume
+    everything comes from the newest checkpoint, and later lines of metrics.jsonl and
+    samples.jsonl are removed: they will be written again.
     """
     out = Path(args.output_dir)
     whole = folders.checkpoints(out)
@@ -56,8 +56,8 @@ def open_run(args):
 def save_model(folder, model, tokenizer, optimizer=None, state=None):
     """Save a model folder. With optimizer and state it is a checkpoint and replaces older ones.
 
-    It is written under another name and renamed when complete. So under its own name it is complete or
-    absent, and a run that is killed at any moment leaves its last checkpoint.
+    It is written under another name and renamed when complete. So under its own name it is
+    complete or absent, and a run that is killed at any moment leaves its last checkpoint.
     """
     if optimizer and ranks.shard()[1] > 1:
         optimizer.consolidate_state_dict()  # the moments of all ranks, on the first
@@ -92,8 +92,8 @@ bar = None  # the progress bar of `steps`, while there is one
 def steps(state, last):
     """Count state["step"] up to `last` under a progress bar. What ends a run early does so between steps.
 
-    After SIGINT or SIGTERM the step is finished and saved (`due`), then the exit status is 130 or 143. A
-    second signal ends the process at once.
+    After SIGINT or SIGTERM the step is finished and saved (`due`), then the exit status is
+    130 or 143. A second signal ends the process at once.
     """
     global bar
 
@@ -201,14 +201,13 @@ def show(metrics):
     """One line per step, its columns aligned, and one line for each level of an evaluation."""
     first = list(metrics)[:6]
     names = [k for k in metrics if k in first or k == "accuracy" or k.startswith("pass@")]
-    cells = []
+    cells = [f"step {metrics['step']:<6}"]
     for name in names:
-        if name == "levels":
-            continue
-        value = f"{metrics[name]:.4g}"
-        if len(value) > 9:  # -0.0001234
-            value = f"{metrics[name]:.3g}"
-        cells.append(f"{name} {value:<{6 if name == 'step' else 9}}")
+        if name not in ("step", "levels"):
+            value = f"{metrics[name]:.4g}"
+            if len(value) > 9:  # -0.0001234
+                value = f"{metrics[name]:.3g}"
+            cells.append(f"{name} {value:9}")
     tqdm.write("  ".join(cells).rstrip())
     for level, scores in metrics.get("levels", {}).items():
         tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -231,7 +230,7 @@ def finish(out, args, script=None):
     for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
         if path.exists():
             print(f"{label:14}{path}")
-    if (out / "final").exists():
+    if (out / "final").exists() and args.steps:  # with 0 steps this was the evaluation
         print(f"{'evaluate it':14}{evaluate_command(out, args, script)}")
     print(f"{'plot it':14}{shlex.join(['python', 'tools/plot.py', str(out)])}")
 
