@@ -320,9 +320,7 @@ def bugs(name):
     for bug, entry in words("tests/zoo/bugs.toml").items():
         if entry["file"] == f"{name}.py":
             found.setdefault(line_of(name, entry["old"])[0], []).append(f'<a href="zoo.html#{bug}">{bug}</a>')
-    return {
-        n: f'<p class="bugs soft">with a bug in the zoo: {", ".join(links)}</p>' for n, links in found.items()
-    }
+    return {n: f'<p class="bugs soft">in the zoo: {", ".join(links)}</p>' for n, links in found.items()}
 
 
 def script_page(name):
@@ -370,10 +368,9 @@ def zoo_page():
         head = f'<h2 id="{name}">{escape(bug["title"])}</h2>'
         code = f'<pre tabindex="0">{code}</pre><div class="prose">{text}</div>'
         parts.append(f'<section class="small">{head}{code}</section>')
-    intro = (
-        f"{len(all_bugs)} real bugs of the field, each as a change of one line of these scripts: the correct "
-    )
-    intro += "line, then the line with the bug. <code>pytest tests/test_zoo.py</code> shows that a test fails on each."
+    intro = f"{len(all_bugs)} real bugs of the field, each as a change of one line of these scripts: "
+    intro += "the correct line, then the line with the bug. "
+    intro += "<code>pytest tests/test_zoo.py</code> shows that a test fails on each."
     return page("The bug zoo", f'<p class="prose">{intro}</p>{"".join(parts)}')
 
 
