@@ -2,10 +2,11 @@
 
     python experiments/gpu.py --models 0.5B 1.5B           # then --report --write, here or elsewhere
 
-The models have random weights and the shape of Qwen2.5; so every response takes the whole budget, which is
-the worst case for the cache. A response is right if it has an odd number of letters: without rewards that
-differ nothing would be trained. 16 questions x 32 responses of 256 tokens in bf16, 8,192 tokens a pass; a
-process for each line, its second step. Memory is the allocator's peak, while sampling and while training.
+The models have random weights and the shape of Qwen2.5, so every response takes the whole budget, which
+is the worst case for the cache. A response counts as correct if it has an odd number of letters: without
+rewards that differ nothing would be trained. 16 questions x 32 responses of 256 tokens in bf16, 8,192
+tokens a pass; a process for each line, its second step. Memory is the allocator's peak, while sampling
+and while training.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
-from common import tokenization as tok  # noqa: E402
+from common.plumbing import runs  # noqa: E402
 from experiments import memory  # noqa: E402
 from experiments.reproduce import insert  # noqa: E402
 
@@ -62,7 +63,8 @@ def one(name, recompute):
         keys = ("seconds_sample", "seconds_train", "tokens_generated", "tokens_trained")
         seen.update({key: metrics[key] for key in keys if key in metrics} | {"GiB training": peak()})
 
-    grpo.rollout, grpo.evaluate, tok.log, tok.save_model = watched, lambda *args: {}, log, lambda *args: None
+    grpo.rollout, grpo.evaluate = watched, lambda *args: {}
+    runs.log, runs.save_model = log, lambda *args: None
     grpo.math_reward = lambda texts, golds: [float(len(text) % 2) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         build(shape, f"{folder}/model")
