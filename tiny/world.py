@@ -81,7 +81,7 @@ def draw_side(rng, kind):
 
 
 def demonstration(rng, p, slip=False):
-    """Numbered steps, every operation spelled out; with a slip one result is incorrect and carried to the end."""
+    """Numbered steps, every operation spelled out; with a slip one incorrect result is carried on."""
     values = p["values"]
     while slip:
         k = rng.randint(1, len(p["ops"]))
