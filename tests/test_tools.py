@@ -104,7 +104,9 @@ def test_two_runs_share_panels_and_one_legend():
 
 
 def test_panels_that_no_run_has_are_left_out():
-    titles = [axis.get_title() for axis in plot.draw({"sft": supervised()}).axes]
+    axes = plot.draw({"sft": supervised(3)}).axes
+    assert all(tick == int(tick) for axis in axes for tick in axis.get_xticks())
+    titles = [axis.get_title() for axis in axes]
     assert titles == [plot.TITLES[m] for m in ("loss", "pass@1", "entropy", "response_len")]
 
 
@@ -246,8 +248,12 @@ def test_samples_come_from_the_seed_and_the_temperature(ask):
 
 def test_questions_from_the_terminal_are_answered_one_by_one(ask, monkeypatch):
     other = "Ann has 3 stamps, doubles. How many stamps does Ann have?"
+    asked = []
+    draw = sample.sample
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n\n{other}\n{QUESTION}"))
+    monkeypatch.setattr(sample, "sample", lambda *x: asked.append(x[2]) or draw(*x))
     first, second, third = ask()
+    assert asked == [QUESTION, other, QUESTION]
     assert [first] == ask(QUESTION) and [second] == ask(other)
     assert third == first  # the seed is set for each question
 

@@ -22,7 +22,7 @@ TITLES = {
     "kl": "KL of policy and reference, nats per token",
 }
 # All of medium lightness: readable on a white page and on a dark one.
-COLORS = "#10206f #e08020 #2a9d5c #d62728 #9467bd #e0559f #17a2b8 #a5723c".split()
+COLORS = "#1f83d6 #e08020 #2a9d5c #d62728 #9467bd #e0559f #17a2b8 #a5723c".split()
 FRAME = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split()
 plt.rcParams.update(dict.fromkeys(FRAME, "#7a7a7a") | {"axes.grid": True, "grid.alpha": 0.3})
 
