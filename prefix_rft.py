@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
@@ -50,14 +50,14 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
+    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
     add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
@@ -79,15 +79,15 @@ def parse_args(argv=None):
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the completions")
     add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: soft penalty zone")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: length of the penalty zone")
     schedules = ["cosine", "uniform", "full", "none"]
     add("--prefix-schedule", choices=schedules, default="cosine", help="how prefix lengths are drawn")
     add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps from 0.95 to 0.05")
     kept = ["keep", "all", "none", "random", "bottom"]
     add("--prefix-loss", choices=kept, default="keep", help="which prefix tokens are trained")
-    add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of them")
-    add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="of prefix tokens")
-    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share with demonstration")
+    add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of prefix tokens trained")
+    add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="weight of prefix tokens")
+    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of questions demonstrated")
     return parser.parse_args(argv)
 
 

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
@@ -47,14 +47,14 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
+    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=flags.number(0, 1), default=9e-4, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
