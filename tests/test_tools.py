@@ -280,6 +280,9 @@ def test_the_prompt_is_the_scripts_prompt(tiny, monkeypatch):
     sample.sample(model, tokenizer, QUESTION, args)
     [prompt] = sample.tok.encode_prompts(tokenizer, [QUESTION], "Well, {question}")
     assert seen[0].tolist() == [prompt]
+    # generate() stops there by itself: what it writes beyond would be truncated, but costs time
+    assert model.generation_config.eos_token_id == sample.tok.stop_ids(tokenizer, model.config)
+    assert model.generation_config.max_new_tokens == args.max_new_tokens
 
 
 @pytest.mark.parametrize(
