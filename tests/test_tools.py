@@ -285,6 +285,16 @@ def test_the_prompt_is_the_scripts_prompt(tiny, monkeypatch):
     assert model.generation_config.max_new_tokens == args.max_new_tokens
 
 
+def test_a_response_ends_with_its_first_stop_id(tiny, monkeypatch):
+    """generate() fills up rows that ended before the longest one."""
+    model, tokenizer = tiny
+    row = tokenizer.encode("25", add_special_tokens=False) + [tokenizer.eos_token_id]
+    row += tokenizer.encode("7", add_special_tokens=False)
+    monkeypatch.setattr(model, "generation_config", model.generation_config)
+    monkeypatch.setattr(model, "generate", lambda tokens, **more: torch.cat([tokens, torch.tensor([row])], 1))
+    assert sample.sample(model, tokenizer, QUESTION, settings()) == [("25", True)]
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
