@@ -280,6 +280,19 @@ def test_the_prompt_is_the_scripts_prompt(tiny, monkeypatch):
     sample.sample(model, tokenizer, QUESTION, args)
     [prompt] = sample.tok.encode_prompts(tokenizer, [QUESTION], "Well, {question}")
     assert seen[0].tolist() == [prompt]
+    # generate() stops there by itself: what it writes beyond would be truncated, but costs time
+    assert model.generation_config.eos_token_id == sample.tok.stop_ids(tokenizer, model.config)
+    assert model.generation_config.max_new_tokens == args.max_new_tokens
+
+
+def test_a_response_ends_with_its_first_stop_id(tiny, monkeypatch):
+    """generate() fills up rows that ended before the longest one."""
+    model, tokenizer = tiny
+    row = tokenizer.encode("25", add_special_tokens=False) + [tokenizer.eos_token_id]
+    row += tokenizer.encode("7", add_special_tokens=False)
+    monkeypatch.setattr(model, "generation_config", model.generation_config)
+    monkeypatch.setattr(model, "generate", lambda tokens, **more: torch.cat([tokens, torch.tensor([row])], 1))
+    assert sample.sample(model, tokenizer, QUESTION, settings()) == [("25", True)]
 
 
 @pytest.mark.parametrize(
