@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-import common.tokenization as tok  # noqa: E402
+from common.plumbing import runs as run_rooms  # noqa: E402
 import grpo  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
@@ -130,7 +130,7 @@ def pad_is_eos(tmp_path_factory):
 @contextmanager
 def killed_after(step):
     """A run ends in its log, when the line of this step has been written."""
-    log = tok.log
+    log = run_rooms.log
 
     def stop(folder, metrics, *samples):
         log(folder, metrics, *samples)
@@ -138,7 +138,7 @@ def killed_after(step):
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(tok, "log", stop)
+        patch.setattr(run_rooms, "log", stop)
         yield
 
 

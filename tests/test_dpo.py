@@ -135,7 +135,7 @@ def test_pairs_are_right_against_wrong_of_one_question(tiny, monkeypatch):
     monkeypatch.setattr(
         dpo, "sample", fixed_samples(tokenizer, ["\\boxed{1}", "\\boxed{2}", "\\boxed{3}"] * 4)
     )
-    with pytest.raises(tok.BadInput, match="--k"):
+    with pytest.raises(BadInput, match="--k"):
         dpo.make_pairs(model, tokenizer, rows, args)
 
 
@@ -145,7 +145,7 @@ def test_a_preference_set_is_taken_as_it_is(tiny, tmp_path):
     pairs, cost = dpo.make_pairs(*tiny, None, args)
     assert pairs == [(f"q{i}", f"c{i}", f"r{i}") for i in range(3)] and cost == 0
     args = dpo.parse_args(["--pairs", write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "q", "chosen": "c"}])])
-    with pytest.raises(tok.BadInput, match="rejected"):
+    with pytest.raises(BadInput, match="rejected"):
         dpo.make_pairs(*tiny, None, args)
 
 
@@ -165,11 +165,11 @@ def test_start_log_probabilities_whatever_the_chunks(tiny):
     ]
     for rows_at_once in (1, 3, 512):
         args = dpo.parse_args(["--sample-rows", str(rows_at_once)])
-        rows = dpo.with_start(*tiny, pairs, args)
+        rows = dpo.with_initial_logp(*tiny, pairs, args)
         assert [r["solution"] for r in rows] == [text for p in pairs for text in p[1:]]
         for row in rows:
             want = sequence_logp(*tiny, row["question"], row["solution"])
-            assert row["start_logp"] == pytest.approx(want, abs=1e-3)
+            assert row["initial_logp"] == pytest.approx(want, abs=1e-3)
 
 
 def test_kl_from_the_start(tiny):
@@ -177,7 +177,7 @@ def test_kl_from_the_start(tiny):
     model, tokenizer = tiny
     args = dpo.parse_args([])
     prompts = tok.encode_prompts(tokenizer, ["Compute 1 + 1."])
-    other = dpo.tok.load_model(f"{ROOT}/tiny/model")[0]
+    other = dpo.models.load_model(f"{ROOT}/tiny/model")[0]
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.3)
@@ -187,7 +187,7 @@ def test_kl_from_the_start(tiny):
     def kl(m, some):  # of responses of one token each, with the start's log-probs on their grid
         _, mask = tok.join(prompts * len(some), [[i] for i in some])
         start = tok.align([[first[0][i].item()] for i in some], mask)
-        return dpo.kl_from_start(m, prompts * len(some), [[i] for i in some], start, args).item()
+        return dpo.kl_from_initial(m, prompts * len(some), [[i] for i in some], start, args).item()
 
     assert abs(kl(model, words)) < 1e-6
     # by enumeration: the mean of k3 under the start's own distribution is the KL
@@ -235,7 +235,7 @@ def test_an_interrupted_run_resumes_with_the_same_bits_and_samples_nothing(
     class Killed(Exception):
         pass
 
-    log_line = tok.log
+    log_line = runs.log
 
     def dies(out, metrics, samples=()):
         if metrics["step"] == stop + 1:
@@ -243,7 +243,7 @@ def test_an_interrupted_run_resumes_with_the_same_bits_and_samples_nothing(
         log_line(out, metrics, samples)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tok, "log", dies)
+        m.setattr(runs, "log", dies)
         train(tmp_path / "run")
     with monkeypatch.context() as m:
         m.setattr(dpo, "make_pairs", None)  # would be a TypeError

@@ -23,18 +23,18 @@ GRID = torch.arange(18.0).view(3, 6)  # 0..5, 6..11, 12..17
 
 
 def test_the_score_is_that_of_the_last_response_token():
-    assert tok.at_end(GRID, MASK).tolist() == [4, 11, 15]
+    assert ppo.at_end(GRID, MASK).tolist() == [4, 11, 15]
 
 
 def test_a_score_put_at_the_end_is_found_there():
     put = tok.put_at_end(torch.tensor([7.0, 8.0, 9.0]), MASK)
     assert put.tolist() == [[0, 0, 0, 0, 7, 0], [0, 0, 0, 0, 0, 8], [0, 0, 0, 9, 0, 0]]
-    assert tok.at_end(put, MASK).tolist() == [7, 8, 9]
+    assert ppo.at_end(put, MASK).tolist() == [7, 8, 9]
 
 
 def test_the_value_of_a_state_is_read_one_token_earlier():
     want = [[0, 0, 1, 2, 3, 0], [0, 6, 7, 8, 9, 10], [0, 0, 0, 14, 0, 0]]
-    assert tok.before(GRID, MASK).tolist() == want
+    assert ppo.before(GRID, MASK).tolist() == want
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def scorer(tiny, tmp_path_factory):
     """A reward model folder: the tiny model with a drawn head and a bias."""
     folder = tmp_path_factory.mktemp("scorer") / "model"
     torch.manual_seed(1)
-    model = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    model = models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
     model.score.bias.data += 0.3
-    tok.save_model(folder, model, tiny[1])
+    runs.save_model(folder, model, tiny[1])
     return folder
 
 
@@ -54,7 +54,7 @@ ROWS = [([5, 6, 7], [8, 9, 10, 0]), ([5] * 9, [8]), ([1, 2, 0, 0], [3, 0, 4, 5, 
 
 def test_scores_of_a_padded_batch_are_those_of_each_response_alone(tiny, scorer):
     """Whatever is in the padding, wherever EOS or pad are in prompt and response; the plain forward pass."""
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     plain = AutoModelForTokenClassification.from_pretrained(scorer, num_labels=1).eval()
     with torch.no_grad():
         want = [plain(torch.tensor([x + y])).logits[0, -1, 0].item() for x, y in ROWS]
@@ -63,13 +63,13 @@ def test_scores_of_a_padded_batch_are_those_of_each_response_alone(tiny, scorer)
         tokens[(torch.arange(tokens.shape[1]) > (mask * torch.arange(tokens.shape[1])).amax(1)[:, None])] = (
             pad
         )
-        got = tok.at_end(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+        got = ppo.at_end(ppo.all_values(model, tokens, mask, SETTINGS), mask)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_values_are_fp32_under_autocast(tiny, scorer):
     """bf16 has steps of 1/64 from 2 to 4, and GAE adds differences up."""
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     tokens, _ = tok.join(*zip(*ROWS))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         value = ppo.values(model, tokens)
@@ -87,9 +87,9 @@ def test_a_reward_model_learns_in_bf16(train, tmp_path, monkeypatch):
 
 
 def test_the_value_before_the_first_token_is_that_of_the_prompt(tiny, scorer):
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     tokens, mask = tok.join(*zip(*ROWS))
-    value = tok.before(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+    value = ppo.before(ppo.all_values(model, tokens, mask, SETTINGS), mask)
     for i, (x, _) in enumerate(ROWS):
         with torch.no_grad():
             assert value[i, len(x)].item() == pytest.approx(
@@ -104,25 +104,25 @@ def test_a_sequence_classifier_is_read_as_well(tiny, tmp_path):
     other = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).eval()
     other.save_pretrained(tmp_path / "model")
     tiny[1].save_pretrained(tmp_path / "model")
-    model = tok.load_scorer(tmp_path / "model", tiny[1], SETTINGS)
+    model = models.load_scorer(tmp_path / "model", tiny[1], SETTINGS)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         assert model(ids).logits[0, -1, 0].item() == pytest.approx(other(ids).logits[0, 0].item(), abs=1e-5)
 
 
 def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
-    with pytest.raises(tok.BadInput, match="no scalar head"):
-        tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS)
-    with pytest.raises(tok.BadInput, match="nowhere"):
-        tok.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
+    with pytest.raises(BadInput, match="no scalar head"):
+        models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS)
+    with pytest.raises(BadInput, match="nowhere"):
+        models.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
     foreign = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     foreign.add_tokens(["something else"])
-    alone = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    alone = models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
     alone.save_pretrained(tmp_path / "alone")
-    with pytest.raises(tok.BadInput, match="alone cannot be loaded"):
-        tok.load_scorer(tmp_path / "alone", tiny[1], SETTINGS)
-    with pytest.raises(tok.BadInput, match="tokenizer gives other ids"):
-        tok.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
+    with pytest.raises(BadInput, match="alone cannot be loaded"):
+        models.load_scorer(tmp_path / "alone", tiny[1], SETTINGS)
+    with pytest.raises(BadInput, match="tokenizer gives other ids"):
+        models.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
 
 
 # ---- pairs ---------------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
 def test_no_pair_has_a_blank_answer(tmp_path):
     """EOS alone is an answer without text, which no data set may hold: the pair is left out."""
     ranked = [{"question": "q", "text": t, "utility": u} for t, u in (("1", 2.0), (" \n", 1.0), ("2", 0.0))]
-    tok.append_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
-    assert [(x["chosen"], x["rejected"]) for x in tok.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
+    ppo.write_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
+    assert [(x["chosen"], x["rejected"]) for x in runs.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------
@@ -333,12 +333,12 @@ def test_what_a_person_says_is_what_is_written(monkeypatch, capsys):
     group = [c | {"question": "which?"} for c in group]
     for said, order in (("3 1 2", "three one two"), ("2 3", "two three one"), ("1 2 3", "one two three")):
         monkeypatch.setattr("builtins.input", lambda *_, said=said: said)
-        assert " ".join(c["text"] for c in tok.ask(group)) == order
+        assert " ".join(c["text"] for c in annotator.ask(group)) == order
     assert "  1  one\n  2  two\n  3  three" in capsys.readouterr().out
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     with pytest.raises(SystemExit):  # Ctrl-D, or the end of a script of answers
-        tok.ask(group)
-    assert tok.ask(group[:1]) == []
+        annotator.ask(group)
+    assert annotator.ask(group[:1]) == []
 
 
 def test_a_person_may_see_a_difference_where_utility_sees_none(judge):
@@ -351,17 +351,17 @@ def test_a_person_may_see_a_difference_where_utility_sees_none(judge):
 
 def test_pairs_of_one_question_are_one_group(tmp_path):
     lines = [{"prompt": p, "chosen": c, "rejected": "z"} for p, c in (("p", "a"), ("q", "b"), ("p", "c"))]
-    groups = tok.load_pairs(write_jsonl(tmp_path / "pairs.jsonl", lines), "train", "--preferences")
+    groups = ppo.load_pairs(write_jsonl(tmp_path / "pairs.jsonl", lines), "train", "--preferences")
     assert [[x["chosen"] for x in group] for group in groups] == [["a", "c"], ["b"]]
-    with pytest.raises(tok.BadInput, match="one prompt"):
-        tok.load_pairs(write_jsonl(tmp_path / "one.jsonl", lines[:1]), "train", "--preferences")
-    with pytest.raises(tok.BadInput, match="rejected"):
-        tok.load_pairs(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c"}]), "train", "--x")
+    with pytest.raises(BadInput, match="one prompt"):
+        ppo.load_pairs(write_jsonl(tmp_path / "one.jsonl", lines[:1]), "train", "--preferences")
+    with pytest.raises(BadInput, match="rejected"):
+        ppo.load_pairs(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c"}]), "train", "--x")
 
 
 def test_pairs_as_tensors(tiny):
     pairs = [{"prompt": "Compute 1 + 1.", "chosen": "\\boxed{2}", "rejected": "no idea at all"}]
-    tokens, mask = tok.join_pairs(tiny[1], pairs, "{question}")
+    tokens, mask = ppo.join_pairs(tiny[1], pairs, "{question}")
     assert tokens.shape == mask.shape == (1, 2, tokens.shape[2])
     for i, side in enumerate(("chosen", "rejected")):
         text = tiny[1].decode(tokens[0, i][mask[0, i].bool()])
@@ -371,7 +371,7 @@ def test_pairs_as_tensors(tiny):
 def test_agreement_accuracy_bound_and_confidence(capsys):
     scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.1, 0.0], [5.0, 0.0]])
     pairs = [{"utility_chosen": a, "utility_rejected": b} for a, b in ((1, 0), (0, 1), (2, 2), (0, 3))]
-    found = tok.agreement(scores, pairs, 2.0)
+    found = ppo.agreement(scores, pairs, 2.0)
     assert found["pair_accuracy"] == 0.75
     bound = (2 / (1 + exp(-2)) + 0.5 + 1 / (1 + exp(-6))) / 4
     assert found["pair_accuracy_max"] == pytest.approx(bound)
@@ -381,7 +381,7 @@ def test_agreement_accuracy_bound_and_confidence(capsys):
         "2 pairs, sure to 0.8: right in 0.50",
         "1 pairs, sure to 0.9: right in 1.00",
     ]
-    assert "pair_accuracy_max" not in tok.agreement(scores, [{}] * 4, 2.0)
+    assert "pair_accuracy_max" not in ppo.agreement(scores, [{}] * 4, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +411,7 @@ def fit(tiny, groups, tmp_path, small, monkeypatch):
 
 
 def test_all_pairs_of_a_question_in_one_batch_and_a_tenth_of_the_questions_apart(fit, groups, monkeypatch):
-    seen, join_pairs = [], tok.join_pairs
+    seen, join_pairs = [], ppo.join_pairs
     monkeypatch.setattr(
         tok, "join_pairs", lambda t, pairs, *a: (seen.append(pairs), join_pairs(t, pairs, *a))[1]
     )
@@ -429,7 +429,7 @@ def test_all_pairs_of_a_question_in_one_batch_and_a_tenth_of_the_questions_apart
 
 def test_the_start_model_scores_zero_on_average_and_the_folder_is_ordinary(fit):
     folder, line, ((model, tokenizer), test, args) = fit("run")
-    again = tok.load_scorer(folder, tokenizer, args)
+    again = models.load_scorer(folder, tokenizer, args)
     found = ppo.evaluate_reward(model, model, again, tokenizer, test, args)
     assert abs(found["eval_score"].item()) < 1e-5 < abs(line["eval_score"]) and line["eval_kl"] == 0
     plain = AutoModelForTokenClassification.from_pretrained(folder)
@@ -453,7 +453,7 @@ def test_an_update_of_the_reward_model_that_is_not_finite_is_skipped(fit, monkey
     scorer = AutoModelForTokenClassification.from_pretrained(folder)
     assert all(p.isfinite().all() for p in scorer.parameters())
     bad |= {8, 9, 10}
-    with pytest.raises(tok.BadInput, match="step 5: the gradient is not finite in three"):
+    with pytest.raises(BadInput, match="step 5: the gradient is not finite in three"):
         fit("other", *flags)
 
 
@@ -622,7 +622,7 @@ def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
 @pytest.fixture
 def float64(monkeypatch):
     """The whole script in double precision: rounding differs by 1e-12, and Adam cannot enlarge it."""
-    load, scorer = tok.load_model, tok.load_scorer
+    load, scorer = models.load_model, models.load_scorer
     monkeypatch.setattr(tok, "load_model", lambda *a: (load(*a)[0].double(), load(*a)[1]))
     monkeypatch.setattr(tok, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -760,7 +760,7 @@ def test_a_preference_set_of_others(train, tmp_path):
     _, fitted, line = read_jsonl(out / "metrics.jsonl")
     assert 0 <= fitted["pair_accuracy"] <= 1 and "pair_accuracy_max" not in fitted
     assert line["accuracy"] == 0 and line["step"] == 1
-    with pytest.raises(tok.BadInput, match="--answer-key"):
+    with pytest.raises(BadInput, match="--answer-key"):
         train(tmp_path / "other", *more, "--steps", 1, *QUICK)
 
 
@@ -787,12 +787,12 @@ def test_flags(flags, train, tmp_path):
 def test_a_model_whose_pad_is_eos(train, pad_is_eos, tmp_path):
     """GPT-2's layout: absolute positions, one token for pad and EOS, a head of another name."""
     more = ["--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK]
-    with pytest.raises(tok.BadInput, match="nothing to choose"):  # it babbles and never stops
+    with pytest.raises(BadInput, match="nothing to choose"):  # it babbles and never stops
         train(tmp_path / "none", *more)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
     out = train(tmp_path / "run", "--preferences", pairs, *more)
     assert read_jsonl(out / "metrics.jsonl")[-1]["response_len"] > 1
-    assert tok.load_scorer(
+    assert models.load_scorer(
         out / "reward_model", AutoTokenizer.from_pretrained(pad_is_eos), SETTINGS
     ).classifier
 

@@ -72,7 +72,7 @@ def kept(found):
 def harvest(tiny, monkeypatch, *flags, rounds=ROUNDS, seen=None):
     monkeypatch.setattr(rft, "sample", fixed(tiny[1], rounds, seen))
     torch.manual_seed(0)
-    return rft.harvest(*tiny, QUESTIONS, rft.parse_args(["--k", "4", *flags]))
+    return rft.sample_and_filter(*tiny, QUESTIONS, rft.parse_args(["--k", "4", *flags]))
 
 
 def test_right_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
@@ -93,7 +93,7 @@ def test_at_most_n_of_a_question_drawn_at_random(tiny, monkeypatch):
     for seed in range(12):
         monkeypatch.setattr(rft, "sample", fixed(tiny[1], ROUNDS))
         torch.manual_seed(seed)
-        _, found = rft.harvest(*tiny, QUESTIONS, rft.parse_args("--k 4 --keep-per-question 1".split()))
+        _, found = rft.sample_and_filter(*tiny, QUESTIONS, rft.parse_args("--k 4 --keep-per-question 1".split()))
         assert [q for q, _ in kept(found)] == ["a", "b"]
         seen |= set(kept(found))
     assert len(seen) == 5  # every right and ended text has its chance, whichever came first
@@ -117,7 +117,7 @@ def test_rationalisation_shows_the_answer_and_is_trained_without(tiny, monkeypat
 
 
 def test_nothing_right_is_an_error(tiny, monkeypatch):
-    with pytest.raises(tok.BadInput, match="--k"):
+    with pytest.raises(BadInput, match="--k"):
         harvest(tiny, monkeypatch, rounds=[("x", "y", "z")] * 4)
 
 
@@ -195,7 +195,7 @@ class Killed(Exception):
 
 def interrupt(train, out, at, monkeypatch, *more, key="loss"):
     """A run that dies just before it logs step `at` (or the samples of a round that begins there)."""
-    log_line = tok.log
+    log_line = runs.log
 
     def dies(out, metrics, samples=()):
         if metrics["step"] == at and key in metrics:
@@ -203,7 +203,7 @@ def interrupt(train, out, at, monkeypatch, *more, key="loss"):
         log_line(out, metrics, samples)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tok, "log", dies)
+        m.setattr(runs, "log", dies)
         train(out, *more)
 
 
@@ -253,10 +253,10 @@ def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch
 
 def test_another_model_can_be_the_base(train, tmp_path, monkeypatch):
     """RFT as published samples from one model and trains another, of the same shapes."""
-    other, tokenizer = tok.load_model(ROOT / "tiny/model")
+    other, tokenizer = models.load_model(ROOT / "tiny/model")
     with torch.no_grad():
         [p.mul_(1.01) for p in other.parameters()]
-    tok.save_model(tmp_path / "other", other, tokenizer)
+    runs.save_model(tmp_path / "other", other, tokenizer)
     interrupt(train, tmp_path / "run", 4, monkeypatch, "--base", tmp_path / "other")
     same_weights(tmp_path / "run" / "checkpoint-000003", tmp_path / "other")
 

@@ -98,7 +98,7 @@ def test_what_a_prompt_has_of_a_response_is_taken_off_its_budget(tiny, monkeypat
     assert {n for n, k in zip(lengths, spent) if k == 12} == {0}
     assert sum(n == 12 - k for n, k in zip(lengths, spent)) > 12
     # a finished row that is still in the batch stays where it is: one of twenty is too few to leave
-    model, _ = tok.load_model(str(ROOT / "tiny/model"))  # refuses positions that the model has not
+    model, _ = models.load_model(str(ROOT / "tiny/model"))  # refuses positions that the model has not
     model.config.max_position_embeddings = most
     grpo.sample(model, tokenizer, prompts[:-1] + [prompts[-1] + [50] * 7], 50.0, args, [0] * 19 + [7])
 
@@ -260,7 +260,7 @@ def test_a_generation_config_does_not_leak_into_rollouts(tiny, tmp_path):
         do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, min_new_tokens=20
     )
     GenerationConfig(**biased, eos_token_id=0, pad_token_id=1).save_pretrained(tmp_path)
-    other, other_tokenizer = tok.load_model(str(tmp_path))
+    other, other_tokenizer = models.load_model(str(tmp_path))
     assert other.generation_config.top_k == 1  # it is there
     prompts, samples = tok.encode_prompts(tokenizer, QUESTIONS), []
     for m, t in ((model, tokenizer), (other, other_tokenizer)):
