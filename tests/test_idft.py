@@ -195,7 +195,7 @@ class Fixed(torch.nn.Module):
 
 
 def drawn(tiny, hinted, student, n, beta=0.0, budget=2):
-    """The tokens of n rows, [n, budget], -1 after the end; logits of both contexts, the same at every step."""
+    """The tokens of n rows, [n, budget], -1 after the end; the logits never change."""
     config = tiny[0].config
     args = idft.parse_args(f"--beta {beta} --max-new-tokens {budget} --sample-rows {n}".split())
     torch.manual_seed(0)

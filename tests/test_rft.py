@@ -92,6 +92,7 @@ def test_correct_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
 
 def test_keep_per_question_is_a_random_choice(tiny, monkeypatch):
     seen = set()
+    args = rft.parse_args("--k 4 --keep-per-question 1".split())
     for seed in range(12):
         monkeypatch.setattr(rft, "sample", fixed(tiny[1], ROUNDS))
         torch.manual_seed(seed)

@@ -90,9 +90,7 @@ def test_weight_of_sft(script):
 )
 def test_weight_of_grpo(how, z):
     """I_clip r A + beta (pi_ref / pi - 1)."""
-    shift = (
-        torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T
-    )  # log r, within and beyond the clip
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r
 
     def loss(logp, _):
         old, ref = logp.detach() - shift, logp.detach() + 0.3
@@ -178,9 +176,7 @@ def test_weight_of_rlhf():
     per_token = score[:, None] * rlhf_ppo.last_token(TWO_MASK) - 0.2 * log_ratio
     A, _ = rlhf_ppo.gae(per_token, value, TWO_MASK, 0.95)
     A[on] = rlhf_ppo.advantages(A[on].view(1, -1), "grpo")[0]
-    shift = (
-        torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T
-    )  # log r, within and beyond the clip
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r
     args = rlhf_ppo.parse_args(["--kl-coef", "0"])
 
     def loss(logp, _):
