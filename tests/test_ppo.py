@@ -450,9 +450,8 @@ def test_the_initial_policy_scores_0_on_average_and_the_folder_is_a_normal_one(f
     plain = AutoModelForTokenClassification.from_pretrained(folder)
     assert plain.config.num_labels == 1 and plain.dtype == torch.float32
     before = AutoModelForTokenClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).state_dict()
-    assert not [
-        k for k, v in plain.state_dict().items() if torch.equal(v, before[k])
-    ]  # every weight has changed
+    after = plain.state_dict()
+    assert not [k for k in after if torch.equal(after[k], before[k])]  # every weight has changed
 
 
 def test_an_update_of_the_reward_model_that_is_not_finite_is_skipped(fit, monkeypatch):

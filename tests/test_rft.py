@@ -96,9 +96,7 @@ def test_keep_per_question_is_a_random_choice(tiny, monkeypatch):
     for seed in range(12):
         monkeypatch.setattr(rft, "sample", fixed(tiny[1], ROUNDS))
         torch.manual_seed(seed)
-        _, found = rft.sample_and_filter(
-            *tiny, QUESTIONS, rft.parse_args("--k 4 --keep-per-question 1".split())
-        )
+        _, found = rft.sample_and_filter(*tiny, QUESTIONS, args)
         assert [q for q, _ in kept(found)] == ["a", "b"]
         seen |= set(kept(found))
     assert len(seen) == 5  # every correct and ended text may be kept
