@@ -263,7 +263,7 @@ def test_samples_in_bf16_are_scored_alike(tiny):
 
 def test_the_boxed_answer_is_spelled_whatever_its_tokens():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
-    table = idft_hinted.spelling(tokenizer, len(tokenizer) + 3, "\\boxed{")
+    table = tok.spelling(tokenizer, len(tokenizer) + 3, "\\boxed{")
     assert table.shape == (8, len(tokenizer) + 3)
     for text in ("so \\boxed{7}", "\\\\boxed{", "\\boxe \\boxed 7", "\\box\\boxed{", "b{oxed"):
         pieces = [tokenizer.encode(text, add_special_tokens=False)]
