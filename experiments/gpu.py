@@ -544,7 +544,8 @@ def compare(name, rows, turns, budget=100):
     old, new = (min(x[1:]) for x in (spent["old"], spent["new"]))
     ratios = sorted(b / a for a, b in zip(spent["old"][1:], spent["new"][1:]))
     print(
-        f"{name}, {rows} rows, {torch.get_num_threads()} threads: {1e6 * old:.0f} -> {1e6 * new:.0f} us a token,"
+        f"{name}, {rows} rows, {torch.get_num_threads()} threads: "
+        f"{1e6 * old:.0f} -> {1e6 * new:.0f} us a token,"
     )
     print(f"  new / old {new / old:.3f}; of single turns {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
@@ -576,7 +577,8 @@ def train(name, recompute, tiny=False):
         keys = ("seconds_sample", "seconds_train", "tokens_generated", "tokens_trained")
         seen.update({key: metrics[key] for key in keys if key in metrics} | {"GiB training": peak()})
 
-    grpo.rollout, grpo.evaluate, runs.log, runs.save_model = watched, lambda *args: {}, log, lambda *args: None
+    grpo.rollout, grpo.evaluate = watched, lambda *args: {}
+    runs.log, runs.save_model = log, lambda *args: None
     grpo.math_reward = lambda texts, golds: [float(len(text) % 2) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         build(shape, f"{folder}/model")
