@@ -140,33 +140,35 @@ def rewrite(model, tokenizer, hinted, student, args):
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     generator = ranks.generator(model.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    boxed = tok.spelling(tokenizer, vocabulary, "\\boxed{").to(model.device)
 
     def draw(logits):
-        """As in `sample`, but from m; the hinted contexts come first in logits [2B, V]."""
-        log_p, log_q = logits.log_softmax(-1).chunk(2)  # hinted and student, [B, V]
+        """As in `sample`, but from m; logits [2B, V] of hinted and student contexts in turn."""
+        both = logits.log_softmax(-1).view(-1, 2, vocabulary)
+        log_p, log_q = both.unbind(1)  # hinted and student, [B, V]
         log_m = mixture(log_p, log_q, args.beta)
-        if batch.t == 0:
-            log_m = log_p  # the hinted stream begins
+        log_m = torch.where(batch.t == 0, log_p, log_m)  # the hinted stream begins
         # the student alone writes the answer: it must follow from the text, not from the hint
-        written = batch.last_tokens(7)  # \boxed{ has 7 characters, so at most 7 tokens
-        begun = ["\\boxed{" in text for text in tokenizer.batch_decode(written)]
-        boxed[batch.slot] |= torch.tensor(begun, device=model.device)
-        log_m = torch.where(boxed[batch.slot, None], log_q, log_m)
+        answers = spelled[batch.slot] == len(boxed) - 1  # [B]
+        log_m = torch.where(answers[:, None], log_q, log_m)
         m, index = log_m.softmax(-1).sort(-1, descending=True)
         m = m.masked_fill(m.cumsum(-1) - m >= 0.95, 0)  # nucleus first,
         m = m ** (1 / 0.3)  # then temperature
         noise = torch.empty_like(m).exponential_(generator=generator)
         token = index.gather(1, (m / noise).argmax(-1, keepdim=True))  # [B, 1]
+        spelled[batch.slot] = boxed[spelled[batch.slot], token[:, 0]]
+        logp = log_m.gather(1, token)
         ended = (token == stops).any(1)
-        return token[:, 0], log_m.gather(1, token)[:, 0], ended
+        return token[:, 0], logp[:, 0], ended
 
     ids = torch.full((len(hinted), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     lengths = [len(prompt) for prompt in hinted]
     for rows in decoding.batches(range(len(hinted)), args.sample_rows, lengths):
-        prompts = [hinted[i] for i in rows] + [student[i] for i in rows]
-        boxed = torch.zeros(len(rows), dtype=torch.bool, device=model.device)  # answer begun?
+        pairs = [prompts[i] for i in rows for prompts in (hinted, student)]
         budgets = [args.max_new_tokens] * len(rows)
-        batch = decoding.Batch(model, prompts, budgets, contexts=2, recorded=False)
+        spelled = torch.zeros(len(rows), dtype=torch.int64, device=model.device)
+        batch = decoding.Batch(model, pairs, budgets, contexts=2)
         drawn, _ = batch.decode(draw, generator)
         ids[rows, : drawn.shape[1]] = drawn
     return [row[row >= 0].tolist() for row in ranks.reduce(ids, "MAX")]

@@ -104,7 +104,8 @@ def build(folder, layout):
     tokenizer.add_special_tokens({"additional_special_tokens": layout["special"].split()})
     tokenizer.eos_token, tokenizer.pad_token = layout["eos"], layout["pad"]
     tokenizer.bos_token, tokenizer.chat_template = layout.get("bos"), layout["template"]
-    if bos := layout.get("bos"):
+    bos = layout.get("bos")
+    if bos:
         ids = [(bos, tokenizer.convert_tokens_to_ids(bos))]
         tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
     tokenizer.save_pretrained(folder)
