@@ -1,4 +1,4 @@
-"""Memory per GPU of training and of sampling, computed from a model's shape, for the tables in the README.
+"""Memory per GPU of training and of sampling, computed from a model's shape, for the tables in docs/gpu.md.
 
     python experiments/memory.py --tokens 8192           # --micro-batch-tokens of the run; bf16 autocast
     python experiments/memory.py --rows 512 --length 1024    # --sample-rows; tokens of prompt and response

@@ -460,11 +460,11 @@ def test_the_computed_memory_of_a_cached_token_is_what_the_cache_holds(b):
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == 5 * 7 * memory.cached(shape, b)
 
 
-def test_the_readme_has_the_computed_memory(capsys, monkeypatch):
+def test_the_page_has_the_computed_memory(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory.py"])
     memory.main()
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 3 and all(table in (ROOT / "README.md").read_text() for table in tables)
+    assert len(tables) == 3 and all(table in (ROOT / "docs/gpu.md").read_text() for table in tables)
 
 
 @pytest.mark.parametrize("tied", [True, False])
