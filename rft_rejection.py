@@ -193,6 +193,7 @@ def sample_and_filter(model, tokenizer, rows, args):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -265,7 +266,7 @@ def main(args):
     if args.add_gold:
         questions = data.with_gold(questions, args)
     questions = data.subset(questions, args.questions)
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -296,7 +297,7 @@ def main(args):
             if args.restart == "base":  # better samples, but the same initial weights
                 base, _ = models.load_model(args.base or args.model)
                 model.load_state_dict(base.state_dict())
-                optimizer = ranks.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": first}
             runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # train what samples.jsonl says
@@ -326,8 +327,7 @@ def main(args):
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed over ranks: Z is global
         if runs.finite(norm, state):
             optimizer.step()
         optimizer.zero_grad()
