@@ -226,7 +226,7 @@ def kl_from_initial(model, prompts, responses, initial_logp, args):
     """KL(pi_0 || pi) per token, on held-out responses that pi_0 sampled before training."""
     tokens, mask = tok.join(prompts, responses, model.device)
     logp, _ = score(model, tokens, mask, args)
-    log_ratio = logp - initial_logp.to(model.device)  # log pi / pi_0, [N, T]
+    log_ratio = logp - logp.new_tensor(initial_logp)  # log pi / pi_0, [N, T]
     k3 = log_ratio.exp() - log_ratio - 1  # >= 0, unbiased since y ~ pi_0
     return k3.sum() / mask.sum()
 
@@ -268,7 +268,7 @@ def main(args):
             prompts = tok.encode_prompts(tokenizer, test[args.question_key], args.prompt_template)
             responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
             logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
-            state["initial"] = (prompts, responses, logp.cpu())
+            state["initial"] = (prompts, responses, logp.tolist())
         runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
     train = data.load_split(str(out / "samples.jsonl"), "train", {})  # two rows per pair
     torch.manual_seed(args.seed)

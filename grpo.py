@@ -305,7 +305,7 @@ def main(args):
                 ref_logp, _ = score(reference, tokens, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient
-        inv_z = torch.zeros_like(advantage)
+        inv_z = torch.zeros(mask.shape, device=model.device)
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)

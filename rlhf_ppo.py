@@ -531,7 +531,7 @@ def main(args):
         minibatches = []
         for _ in range(args.epochs_per_batch):
             minibatches += torch.randperm(size).tensor_split(args.minibatches)
-        inv_z = torch.zeros_like(advantage)
+        inv_z = torch.zeros(mask.shape, device=model.device)
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)

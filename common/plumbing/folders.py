@@ -115,8 +115,9 @@ def unwritable(path, error):
 # ---- models and states in files --------------------------------------------------------------------------
 #
 # A checkpoint is a model folder with a state. What JSON can hold of the state is in state.json, with an index
-# of its tensors. These are in state.safetensors, or in a file for each rank with that rank's rows. Any number
-# of ranks can read them, each its own rows. No file is a pickle, and no rank holds more than it trains.
+# of its tensors, which are weights and moments. These are in state.safetensors, or in a file for each rank
+# with that rank's rows. Any number of ranks can read them, each its own rows. No file is a pickle, and no
+# rank holds more than it trains.
 
 
 def write_model(folder, model, tokenizer):
@@ -173,7 +174,7 @@ def write_state(folder, state):
     write_tensors(folder / files[rank], mine)
     if rank == 0:
         index = {name: [*x.shape] for name, x in tensors.items()}
-        (folder / "state.json").write_text(json.dumps(plain | {"files": files, "index": index}, indent=1))
+        (folder / "state.json").write_text(json.dumps(plain | {"files": files, "index": index}))
 
 
 def read_state(folder):
