@@ -120,6 +120,7 @@ def placed(model, recompute):
     if ranks.shard()[1] > 1:
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
         COPIES[model] = deepcopy(model, empty)  # for `sampler`, while layers have no hooks yet
+        model.register_forward_pre_hook(release)
         model = ranks.sharded(model)  # layer after layer: a GPU need not hold the whole
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
@@ -174,12 +175,11 @@ def sampler(model):
 
     Autocast casts the weights of linear layers whenever they are used. The copy has them cast, at addresses
     that a recorded step can rely on; everything else it shares with the model. Its logits are those of
-    autocast, bit for bit. Of a sharded model every rank has a whole copy and shares nothing: sampling has a
-    pass for every token, and ranks sample unequally long. Weights are refreshed here, in place and one after
-    the other, so the copy is never behind an optimizer step.
+    autocast, bit for bit. Of a sharded model each rank fills a whole copy: sampling has a pass for every
+    token, and ranks sample unequally long. Refreshed here, in place, it is never behind an optimizer step.
     """
     device = model.device
-    casts = torch.is_autocast_enabled(device.type)
+    casts, low = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     if not casts and not ranks.is_sharded(model):
         return model
     if model not in COPIES:
@@ -189,18 +189,23 @@ def sampler(model):
         for name, buffer in source.named_buffers(recurse=False):
             setattr(layer, name, buffer)
         for name, original in source.named_parameters(recurse=False):
-            dtype = original.dtype
-            if casts and isinstance(layer, CAST):
-                dtype = torch.get_autocast_dtype(device.type)
+            dtype = low if casts and isinstance(layer, CAST) else original.dtype
             weight = getattr(layer, name)
             if weight.is_meta or weight.dtype != dtype:
                 # a tied head parts from the embedding, which stays fp32
-                storage = torch.empty(original.shape, dtype=dtype, device=device)
-                weight = nn.Parameter(storage, requires_grad=False)
-                setattr(layer, name, weight)
+                weight = torch.empty(original.shape, dtype=dtype, device=device)
+                setattr(layer, name, nn.Parameter(weight, requires_grad=False))
             if weight is not original:
                 weight.copy_(ranks.whole(original))
     return copy
+
+
+def release(model, inputs):
+    """Before a sharded model computes, its copy gives back its memory. `sampler` fills it anew."""
+    for layer in COPIES[model].modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if not weight.is_meta:
+                setattr(layer, name, nn.Parameter(weight.to("meta"), requires_grad=False))
 
 
 # ---- reward models and critics ---------------------------------------------------------------------------

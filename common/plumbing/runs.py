@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.plumbing import folders, models, ranks
+from common.plumbing import folders, models, ranks, weights
 from common.plumbing.flags import BadInput, demand, first_line
 
 # ---- the run folder --------------------------------------------------------------------------------------
@@ -67,10 +67,10 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
         if ranks.is_first():
             half.mkdir(parents=True)
         ranks.barrier()
-        folders.write_model(half, model, tokenizer)
+        weights.write_model(half, model, tokenizer)
         if optimizer:
             written = {name: (folder.parent / name).stat().st_size for name in folders.LOGS}
-            folders.write_state(half, state | {"optimizer": optimizer.state_dict(), "written": written})
+            weights.write_state(half, state | {"optimizer": optimizer.state_dict(), "written": written})
     except Exception as error:  # no space left, in the words of three libraries
         shutil.rmtree(half, ignore_errors=True)
         raise folders.unwritable(folder, error) from None
