@@ -34,8 +34,7 @@ def write_model(folder, model, tokenizer):
         tokenizer.save_pretrained(folder)
         return
     if ranks.is_first():
-        model.save_pretrained(folder, state_dict={})  # configurations, and an empty file
-        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, state_dict={})  # configurations only
         tokenizer.save_pretrained(folder)
     weights = {}
     for name, weight in model.state_dict(keep_vars=True).items():
