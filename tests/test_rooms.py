@@ -1,4 +1,4 @@
-"""The rooms of common/: arrows between modules go one way, and each module keeps to one page or two."""
+"""The rooms of common/: which module imports which, how long each is, and what plumbing prints."""
 
 import argparse
 import ast
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 COMMON = ROOT / "common"
@@ -21,7 +22,8 @@ ARROWS = {  # module -> the modules that it imports, all of which stand above it
     "plumbing.models": "tokenization plumbing.flags plumbing.ranks",
     "plumbing.weights": "plumbing.ranks",
     "plumbing.data": "tokenization verifier plumbing.flags plumbing.ranks plumbing.models",
-    "plumbing.decoding": "tokenization plumbing.ranks plumbing.models",
+    "plumbing.recording": "",
+    "plumbing.decoding": "tokenization plumbing.ranks plumbing.models plumbing.recording",
     "plumbing.folders": "plumbing.flags plumbing.weights",
     "plumbing.runs": "plumbing.flags plumbing.ranks plumbing.models plumbing.weights plumbing.folders",
     "plumbing.evaluation": "verifier plumbing.flags",
@@ -154,6 +156,18 @@ def test_summary_of_a_run(tmp_path, capsys, monkeypatch):
     assert [word for word, _ in said[2:]] == ["metrics", "model", "evaluate", "plot"]
     command = f"python sft.py --model {tmp_path}/final --steps 0 --output-dir {tmp_path}-eval --lr 1e-3"
     assert said[4][1] == f"it   {command}"
+
+
+def test_peak_memory_asks_the_gpu_only_if_there_is_one(monkeypatch):
+    """Asked without CUDA, torch raises."""
+    from common.plumbing import runs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: pytest.fail("asked"))
+    assert 10**7 < runs.peak_memory() < 10**12
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert runs.peak_memory() == 7
 
 
 @pytest.mark.parametrize("first", [True, False])
