@@ -360,7 +360,7 @@ def main(args):
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
             phi.append((logp + entropy).detach()[m.bool()].cpu())
-        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed over ranks: Z is global
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

@@ -391,7 +391,7 @@ def main(args):
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
-            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed over ranks: Z is global
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()

@@ -549,7 +549,7 @@ def main(args):
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
             critic_norm = ranks.clip_gradient(critic, torch.inf)  # not clipped
-            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed over ranks: Z is global
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm + critic_norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()
