@@ -259,14 +259,14 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------
 def main(args):
-    questions, test = data.load_splits(args, demonstrations=args.add_gold)
+    asked, test = data.load_splits(args, demonstrations=args.add_gold)
     if args.base:
         models.check_same_shapes(args.model, args.base)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     if args.add_gold:
-        questions = data.with_gold(questions, args)
-    questions = data.subset(questions, args.questions)
+        asked = data.with_gold(asked, args)
+    asked = data.subset(asked, args.questions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -277,7 +277,7 @@ def main(args):
             self_check(model, tokenizer, test, args)
             metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
             runs.log(out, metrics | evaluate(model, tokenizer, test, args))
-    print(f"one round: {args.k} samples of {len(questions):,} questions, {args.steps} steps")
+    print(f"one round: {args.k} samples of {len(asked):,} questions, {args.steps} steps")
     train = None
 
     for step in runs.steps(state, args.rounds * args.steps):
@@ -291,7 +291,7 @@ def main(args):
         # sample, verify, keep; save a checkpoint, so that no round is sampled twice
         if state.get("sampled", -1) < first:
             with autocast:
-                metrics, found = sample_and_filter(model, tokenizer, questions, args)
+                metrics, found = sample_and_filter(model, tokenizer, asked, args)
             metrics["seconds_sample"] = time.time() - began
             runs.log(out, {"step": first} | metrics, found)
             state["sampled"] = first  # of the last round that was sampled
