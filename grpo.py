@@ -124,6 +124,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -252,7 +253,7 @@ def main(args):
     if args.kl_coef:
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -321,8 +322,7 @@ def main(args):
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
-            parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()

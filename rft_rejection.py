@@ -194,6 +194,7 @@ def sample_and_filter(model, tokenizer, rows, args):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -258,15 +259,15 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------
 def main(args):
-    questions, test = data.load_splits(args, demonstrations=args.add_gold)
+    asked, test = data.load_splits(args, demonstrations=args.add_gold)
     if args.base:
         models.check_same_shapes(args.model, args.base)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     if args.add_gold:
-        questions = data.with_gold(questions, args)
-    questions = data.subset(questions, args.questions)
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        asked = data.with_gold(asked, args)
+    asked = data.subset(asked, args.questions)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -276,7 +277,7 @@ def main(args):
             self_check(model, tokenizer, test, args)
             metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
             runs.log(out, metrics | evaluate(model, tokenizer, test, args))
-    print(f"one round: {args.k} samples of {len(questions):,} questions, {args.steps} steps")
+    print(f"one round: {args.k} samples of {len(asked):,} questions, {args.steps} steps")
     train = None
 
     for step in runs.steps(state, args.rounds * args.steps):
@@ -290,14 +291,14 @@ def main(args):
         # sample, verify, keep; save a checkpoint, so that no round is sampled twice
         if state.get("sampled", -1) < first:
             with autocast:
-                metrics, found = sample_and_filter(model, tokenizer, questions, args)
+                metrics, found = sample_and_filter(model, tokenizer, asked, args)
             metrics["seconds_sample"] = time.time() - began
             runs.log(out, {"step": first} | metrics, found)
             state["sampled"] = first  # of the last round that was sampled
             if args.restart == "base":  # better samples, but the same initial weights
                 base, _ = models.load_model(args.base or args.model)
                 model.load_state_dict(base.state_dict())
-                optimizer = ranks.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": first}
             runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # train what samples.jsonl says
@@ -330,8 +331,7 @@ def main(args):
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

@@ -197,6 +197,7 @@ def load_pairs(path, split, flag):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -219,6 +220,7 @@ def score(model, tokens, response_mask, args):
     return ranks.reduce(logp), ranks.reduce(entropy)
 
 
+@ranks.forward
 def values(scorer, tokens):
     """The scalar at each position, [B, T]: a score of all tokens up to and including this one."""
     # padding is on the right and no position is searched for: no attention mask, no pooling
@@ -341,7 +343,7 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
     reward_model = models.load_scorer(args.model, tokenizer, args, new_head=True)
     held_out = [pair for group in groups[::10] for pair in group]  # by prompt, not by pair
     train = [group for i, group in enumerate(groups) if i % 10]
-    optimizer = ranks.adamw(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
     order = []  # of prompts, a batch for each step
     for _ in range(args.reward_epochs):
         order += torch.randperm(len(train)).split(args.batch_size)
@@ -357,8 +359,7 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
             m = mask[rows, :, width].flatten(0, 1)
             scores = at_end(values(reward_model, y), m).view(-1, 2)  # [B, 2]
             pair_loss(scores, len(pairs)).backward()
-        parameters = ranks.reduce_gradients(reward_model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
+        norm = ranks.clip_gradient(reward_model, torch.inf)  # not clipped
         if runs.finite(norm, state):
             optimizer.step()
         torch.clear_autocast_cache()  # bf16 copies of the weights before the update
@@ -467,7 +468,7 @@ def main(args):
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
-    optimizer = ranks.adamw(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -547,10 +548,8 @@ def main(args):
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
-            parameters = ranks.reduce_gradients(critic.parameters())
-            critic_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
-            parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            critic_norm = ranks.clip_gradient(critic, torch.inf)  # not clipped
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm + critic_norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()
