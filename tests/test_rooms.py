@@ -15,11 +15,13 @@ FLOORS = [  # a module may import only what stands before it in this list
     ("tokenization", "verifier", "logprob"),
     ("plumbing.flags",),
     ("plumbing.ranks",),
-    ("plumbing.models",),
+    ("plumbing.configs", "plumbing.heads", "plumbing.columns", "plumbing.screen"),
+    ("plumbing.models", "plumbing.memory", "plumbing.examples"),
+    ("plumbing.tables",),
     ("plumbing.data",),
     ("plumbing.decoding",),
     ("plumbing.folders",),
-    ("plumbing.runs", "plumbing.evaluation"),
+    ("plumbing.runs", "plumbing.evaluation", "plumbing.annotator"),
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 

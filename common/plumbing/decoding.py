@@ -20,6 +20,7 @@ from common.plumbing import models, ranks
 LOOK = {"cpu": 1, "cuda": 32}
 COLUMNS = {"cpu": 64, "cuda": 256}
 LEAVE = {"cpu": 0.8, "cuda": 0.5}
+ENDED = []  # functions that are called with the number of rows that have ended since the last call
 
 
 # ---- which rows together ---------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class Batch:
             closed = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(mask == 0, -torch.inf)
             self.mask = closed[copies, None, None]
 
-        rows = len(budgets)
+        rows = self.unfinished = len(budgets)
         self.budget = torch.tensor(budgets, device=device)
         self.alive = self.budget > 0
         self.slot = torch.arange(rows, device=device)
@@ -216,6 +217,12 @@ class Batch:
             self.cache.fit(rows, columns)
             self.mask = resized(self.mask, rows, 3, columns, value=-torch.inf)
 
+    def tell(self, alive):
+        """Tell a bar how many rows have ended."""
+        for function in ENDED:
+            function(self.unfinished - alive)
+        self.unfinished = alive
+
     def decode(self, draw, generator=None):
         """Ids and log-probabilities, [B, budget] on the CPU; -1 and 0 after the end of a response.
 
@@ -233,11 +240,13 @@ class Batch:
         for t in range(1, budget):
             if (t - 1) % every == 0:
                 alive, moved = self.look(t, min(every, budget - t))
+                self.tell(alive)
                 if moved and self.recorded:
                     run.forget()
                 if not alive:
                     break
             run()
+        self.tell(0)
         ids = self.ids.cpu()
         return ids, self.logps.cpu().masked_fill(ids < 0, 0.0)
 

@@ -1,5 +1,6 @@
 """Run folders on disk: what is in one, whether it can be continued, and what may be moved aside."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,9 +10,42 @@ from pathlib import Path
 
 import torch
 
-from common.plumbing.flags import BadInput, demand, first_line
+from common.plumbing.flags import BadInput, demand, one_line
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+
+# ---- one owner -------------------------------------------------------------------------------------------
+
+OWNED = {}  # inode -> the open file that holds the lock, for the life of the process
+
+
+def claim(out):
+    """Whether this process is the only one that writes to a run folder; a folder that is not there is free.
+
+    The lock is one of the process: it ends with it, however it ends, and no child inherits it.
+    Nothing else may open the file, because closing it would end the lock.
+    """
+    if not out.is_dir():
+        return True
+    path = out / ".lock"
+    if path.exists() and path.stat().st_ino in OWNED:
+        return True
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        print(f"--output-dir {out}: its file system has no locks; see that no other process uses this folder")
+    OWNED[os.fstat(file.fileno()).st_ino] = file
+    return path.exists() and path.stat().st_ino in OWNED  # or the folder has just been moved aside
+
+
+def taken(out):
+    """The refusal of a folder that another process writes to."""
+    remedy = "wait until it has ended, stop it, or choose another folder"
+    return BadInput(f"--output-dir {out}: another process is writing to this folder; {remedy}.")
+
 
 # ---- a new run -------------------------------------------------------------------------------------------
 
@@ -33,6 +67,8 @@ def open_folder(out, state, args, model_bytes):
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         move_aside(out, args)
     out.mkdir(parents=True, exist_ok=True)
+    if not claim(out):
+        raise taken(out)
     half = out / "args.json.half"
     half.write_text(json.dumps(vars(args) | environment(), indent=1))
     half.rename(out / "args.json")  # under this name it is complete
@@ -91,8 +127,11 @@ def same_arguments(first, args):
     # unparseable_gold is not given but counted
     may_differ = ("resume", "output_dir", "stop_after", "unparseable_gold")
     names = [name for name in vars(args) if name in first and name not in may_differ]
-    changed = ", ".join(name for name in names if first[name] != getattr(args, name))
-    demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
+    changed = [name for name in names if first[name] != getattr(args, name)]
+    sentence = "the rows of --data or --eval-data have changed since the first run; start without --resume."
+    demand(changed != ["fingerprint"], f"--resume: {sentence}")
+    flags = ", ".join("--" + name.replace("_", "-") for name in changed if name != "fingerprint")
+    demand(not changed, f"--resume: {flags} differ from the first run; give the same arguments.")
 
 
 def unwritable(path, error):
@@ -100,4 +139,4 @@ def unwritable(path, error):
     whole = checkpoints(path.parent)
     last = whole[-1] if whole else "none"
     remedy = f"free some space and continue with --resume; last complete checkpoint: {last}"
-    return BadInput(f"--output-dir: {path} cannot be written ({first_line(error)}); {remedy}.")
+    return BadInput(f"--output-dir: {path} cannot be written ({one_line(error)}); {remedy}.")
