@@ -295,7 +295,8 @@ def main(args):
             runs.log(out, {"step": first} | metrics, found)
             state["sampled"] = first
             if args.restart == "base":  # better samples, but the same initial weights
-                base, _ = models.load_model(args.base or args.model)
+                source, flag = (args.base, "--base") if args.base else (args.model, "--model")
+                base, _ = models.load_model(source, flag=flag)
                 model.load_state_dict(base.state_dict())
                 optimizer = ranks.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": first}

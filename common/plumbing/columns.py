@@ -103,7 +103,8 @@ def files_of(path, split):
 
 def read_file(path, wanted):
     """Of one file: {name: cells} of the wanted columns, the names of all columns, the number of rows."""
-    demand(os.path.getsize(path) > 0, f"{path}: the file is empty.")
+    if not os.path.getsize(path):
+        return {}, [], 0
     kinds = {"json": read_json, "jsonl": read_json, "csv": read_csv, "parquet": read_parquet}
     return kinds[path.rsplit(".", 1)[-1]](path, wanted)
 
@@ -160,7 +161,7 @@ def read_json(path, wanted):
 def json_rows(path, wanted):
     """(where it is, object) for each row."""
     decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    with open(path, encoding=encoding(path)) as file:
+    with open(path, encoding=encoding(path), errors="replace") as file:
         first = file.readline()
         while first and not first.strip():
             first = file.readline()
@@ -215,7 +216,7 @@ def text(cell, role="user"):
 
     ValueError says what cannot be read.
     """
-    if isinstance(cell, dict) and ("content" in cell or "value" in cell):
+    if isinstance(cell, dict) and (cell.get("role") or cell.get("from")):
         cell = [cell]
     if isinstance(cell, dict):
         raise ValueError(f"is an object with {', '.join(cell) or 'nothing in it'}, not text")

@@ -112,12 +112,33 @@ def look(rows, name, args, show=True):
     remedy = "use another one, or --chat-template off"
     sentence = f"its chat template leaves the question out (a prompt is {shown[:200]!r}); {remedy}."
     demand(has_question, f"--model {args.model}: {sentence}")
-    stops = configs.all_stop_ids(tokenizer, config, args.model)
+    rows_of_embedding = config.get_text_config().vocab_size
+    outside = [i for i in prompt if i >= rows_of_embedding]
+    sentence = f"a prompt has {tokenizer.decode(outside[:1])}, an id that the embedding has not; resize it."
+    demand(not outside, f"--model {args.model}: {sentence}")
     sentence = f"its prompts end in {tokenizer.decode(prompt[-1:])}, which ends a response; {remedy}."
-    demand(prompt[-1] not in stops, f"--model {args.model}: {sentence}")
+    demand(not ends(tokenizer, config, prompt, question, args), f"--model {args.model}: {sentence}")
     if show and "solution" in rows.column_names and rows[0]["solution"]:
         response = tokenizer.decode(encode_response(tokenizer, rows[0]["solution"]))
-        print(f"{name}, row 0, the demonstration in brackets:\n{shown}[{response}]")
+        print(f"{name}, row 0, the demonstration in brackets:\n{shortened(shown)}[{shortened(response)}]")
+
+
+def ends(tokenizer, config, prompt, question, args):
+    """Whether a prompt ends as a response does, with nothing that begins one.
+
+    Phi-3 lists <|assistant|>, with which its prompts end, among the ids that end a response.
+    """
+    if prompt[-1] == tokenizer.eos_token_id:
+        return True
+    if prompt[-1] not in configs.all_stop_ids(tokenizer, config, args.model) or not tokenizer.chat_template:
+        return False
+    text = args.prompt_template.replace("{question}", question)
+    return prompt == tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
+
+
+def shortened(text, most=1500):
+    """The beginning and the end of a text for the screen."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def letters(text):
@@ -164,15 +185,21 @@ def distinct_pairs(rows, flag, name, args):
         both[column] = clean(rows[column], f"column {column}", name, tokenizer, marks, args)
         rows = rows.remove_columns(column).add_column(column, both[column])
     most = getattr(args, "max_demo_tokens", None)
-    kept = []
+    kept, long = [], 0
     for i, (chosen, rejected) in enumerate(zip(both["chosen"], both["rejected"])):
         equal = chosen == rejected
-        if most and not equal and is_longer(tokenizer, chosen, most) and is_longer(tokenizer, rejected, most):
-            ids = [encode_response(tokenizer, text)[:most] for text in (chosen, rejected)]
-            equal = ids[0] == ids[1]
+        if most:
+            longer = [is_longer(tokenizer, text, most) for text in (chosen, rejected)]
+            long += sum(longer)
+            if all(longer):
+                ids = [encode_response(tokenizer, text)[:most] for text in (chosen, rejected)]
+                equal = ids[0] == ids[1]
         if not equal:
             kept.append(i)
     where = f" within --max-demo-tokens {most}" if most else ""
+    if long:
+        share = f"{long:,} of {2 * len(rows):,} responses ({long / len(rows) / 2:.0%})"
+        print(f"{name}: {share} exceed --max-demo-tokens {most}: they are trained up to there, without EOS")
     demand(kept, f"{flag}: {name} has no pair whose responses differ{where}.")
     if len(kept) < len(rows):
         dropped = len(rows) - len(kept)

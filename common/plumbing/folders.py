@@ -16,7 +16,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 # ---- one owner -------------------------------------------------------------------------------------------
 
-OWNED = {}  # inode -> the open file that holds the lock, for the life of the process
+OWNED = {}  # (process, file system, inode) -> the open file that holds the lock, as long as the process lives
 
 
 def claim(out):
@@ -28,7 +28,7 @@ def claim(out):
     if not out.is_dir():
         return True
     path = out / ".lock"
-    if path.exists() and path.stat().st_ino in OWNED:
+    if path.exists() and identity(path) in OWNED:
         return True
     file = open(path, "a")
     try:
@@ -37,8 +37,14 @@ def claim(out):
         return False
     except OSError:  # a file system without locks
         print(f"--output-dir {out}: its file system has no locks; see that no other process uses this folder")
-    OWNED[os.fstat(file.fileno()).st_ino] = file
-    return path.exists() and path.stat().st_ino in OWNED  # or the folder has just been moved aside
+    OWNED[identity(file.fileno())] = file
+    return path.exists() and identity(path) in OWNED  # or the folder has just been moved aside
+
+
+def identity(file):
+    """What a lock belongs to: a file, by whatever name, and a process."""
+    stat = os.stat(file)
+    return os.getpid(), stat.st_dev, stat.st_ino
 
 
 def taken(out):
@@ -52,6 +58,8 @@ def taken(out):
 
 def open_folder(out, state, args, model_bytes):
     """Make the folder ready for the step after `state`."""
+    if not claim(out):  # it may have been made while the model was read
+        raise taken(out)
     if args.resume:
         for name, size in state["written"].items():
             complete = (out / name).stat().st_size >= size

@@ -131,11 +131,9 @@ def steps(state, last):
 def evaluating(responses=0):
     """While in it, a bar of its own counts the responses that have ended, with an estimate of the rest."""
     rank, world_size = ranks.shard()
-    total = len(range(rank, responses, world_size))
+    total, quiet = len(range(rank, responses, world_size)), not ranks.is_first()
     layout = None if total else "{desc}"
-    with tqdm(
-        desc="evaluating", total=total, bar_format=layout, leave=False, disable=not ranks.is_first()
-    ) as counter:
+    with tqdm(desc="evaluating", total=total, bar_format=layout, leave=False, disable=quiet) as counter:
         decoding.ENDED.append(counter.update)
         try:
             yield

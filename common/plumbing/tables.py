@@ -1,5 +1,7 @@
 """Tables: the columns of a split that are in use, as text, under the names of the scripts."""
 
+import os
+
 from datasets import Dataset
 
 from common.plumbing import columns, examples
@@ -28,7 +30,9 @@ def cells_of(path, split, flag, wanted):
     which = "--split" if flag == "--data" else "--eval-split"
     which = f"; see {which}" if flag in ("--data", "--eval-data") else ""
     demand(split in names, f"{flag} {path}: no split {split}, only {', '.join(names)}{which}.")
-    cells, names = read_split(path, split, flag, wanted and list(wanted))
+    if split == "train" and os.path.isfile(path):
+        demand(os.path.getsize(path) > 0, f"{flag} {path}: the file is empty.")
+    cells, names = read_split(path, split, flag, wanted and list(dict.fromkeys(wanted)))
     demand(any(len(column) for column in cells.values()) or not cells, f"{flag} {path}: {split} has no rows.")
     return cells, names
 
