@@ -649,8 +649,8 @@ def test_a_sentence_keeps_the_part_that_helps_and_names_what_was_given(refused, 
     assert error.startswith("Cannot read. xx") and error.endswith("Give a name") and len(error) < 420
     folder = tmp_path / "bare"
     folder.mkdir()
-    sentence = refused(str(folder))
-    assert "--data" in sentence and "--eval-data" not in sentence
+    for sentence in (refused(str(folder)), refused(rows(), "--eval-split", "none")):
+        assert "--data" in sentence and "--eval-data" not in sentence
     sentence = refused([row | {"question": "a" * 5000} for row in rows()], script=grpo)
     assert "lower --max-new-tokens, or" in sentence and "--max-demo-tokens" not in sentence
 
@@ -757,10 +757,13 @@ def judged(load, tiny, monkeypatch):
 
 
 def test_an_evaluation_leaves_its_texts_and_says_what_was_truncated(judged, tmp_path, capsys):
+    ended = []
+    decoding.ENDED.append(ended.append)
     metrics = judged("--max-new-tokens", "5")
+    decoding.ENDED.remove(ended.append)
     printed, bar = capsys.readouterr()
     assert "of the responses were truncated at --max-new-tokens 5; raise it" in printed
-    assert "evaluating" in bar and "8/8" in bar  # responses, with tqdm's estimate
+    assert "evaluating" in bar and "/8 [" in bar and sum(ended) == 8  # responses, with an estimate
     (tmp_path / "samples.jsonl").touch()
     runs.log(tmp_path, {"step": 3} | metrics)
     [line] = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]

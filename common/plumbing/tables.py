@@ -27,9 +27,8 @@ def load_split(path, split, columns, flag="--data"):
 def cells_of(path, split, flag, wanted):
     """`columns.read_split` of a split that exists and has rows."""
     names = split_names(path, flag)
-    which = "--split" if flag == "--data" else "--eval-split"
-    which = f"; see {which}" if flag in ("--data", "--eval-data") else ""
-    demand(split in names, f"{flag} {path}: no split {split}, only {', '.join(names)}{which}.")
+    hint = "; see --split and --eval-split" if flag in ("--data", "--eval-data") else ""
+    demand(split in names, f"{flag} {path}: no split {split}, only {', '.join(names)}{hint}.")
     if split == "train" and os.path.isfile(path):
         demand(os.path.getsize(path) > 0, f"{flag} {path}: the file is empty.")
     cells, names = read_split(path, split, flag, wanted and list(dict.fromkeys(wanted)))
