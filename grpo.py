@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
@@ -48,15 +48,15 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
+    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
-    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt instead")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="peak learning rate")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
     add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the completions")
     add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: soft penalty zone")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: length of the penalty zone")
     return parser.parse_args(argv)
 
 
@@ -94,7 +94,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)
+    generator = ranks.generator(model.device)  # each rank draws its own samples
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 
@@ -107,13 +107,13 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
             token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
         else:
             token = logits.argmax(-1, keepdim=True)
-        logp = p.gather(1, token).log()
-        ended = (token == stops).any(1)
+        logp = p.gather(1, token).log()  # [B, 1]
+        ended = (token == stops).any(1)  # [B]
         return token[:, 0], logp[:, 0], ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps = torch.zeros(ids.shape)
-    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
     for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
@@ -145,7 +145,7 @@ def score(model, tokens, response_mask, args):
     entropy = torch.zeros_like(logp)
     for micro in tok.micro_batches(response_mask, args.micro_batch_tokens, ranks.shard()):
         part = logprobs(model, tokens[micro], response_mask[micro], args.temperature)
-        logp[micro], entropy[micro] = part
+        logp[micro], entropy[micro] = part  # [B, width]
     return ranks.reduce(logp), ranks.reduce(entropy)
 
 
@@ -227,7 +227,7 @@ def evaluate(model, tokenizer, rows, args):
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
     with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
-        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
     return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
@@ -237,7 +237,7 @@ def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
     prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
-    tokens, mask = tok.join(prompts, responses, model.device)
+    tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
     ratio = (logp.cpu() - tok.align(sampled_logp, mask.cpu())).exp()
     evaluation.check_ratio(ratio, mask, args)
@@ -252,7 +252,7 @@ def main(args):
     reference = None
     if args.kl_coef:
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
-    order = data.shuffled_batches(len(train), args.steps, args.batch_size)
+    order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -274,7 +274,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = lr
 
         # sample and verify
-        replaced = []
+        replaced = []  # completions of zero-variance groups
         with autocast:
             groups = rollout(model, tokenizer, train.select(order[step - 1]), args)
             for _ in range(args.dynamic_sampling):
@@ -304,8 +304,8 @@ def main(args):
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
-        useful = mask * has_gradient
-        inv_z = torch.zeros_like(advantage)
+        useful = mask * has_gradient  # rows without a gradient cost nothing
+        inv_z = torch.zeros(mask.shape, device=model.device)
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
@@ -324,7 +324,7 @@ def main(args):
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
             parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-            if runs.finite(norm, state):
+            if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()
             norms.append(norm)
@@ -335,7 +335,7 @@ def main(args):
         nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
         entropy, k3, ratio = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-        zero_variance = (rewards == rewards[:, :1]).all(1)
+        zero_variance = (rewards == rewards[:, :1]).all(1)  # [Q]
         metrics = {
             "step": step,
             "reward": rewards.mean(),

@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
@@ -53,15 +53,15 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
+    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
-    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt instead")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="peak learning rate")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
     add("--batch-size", type=flags.integer(1), default=32, help="questions per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
@@ -109,7 +109,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)
+    generator = ranks.generator(model.device)  # each rank draws its own samples
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 
@@ -122,13 +122,13 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
             token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
         else:
             token = logits.argmax(-1, keepdim=True)
-        logp = p.gather(1, token).log()
-        ended = (token == stops).any(1)
+        logp = p.gather(1, token).log()  # [B, 1]
+        ended = (token == stops).any(1)  # [B]
         return token[:, 0], logp[:, 0], ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps = torch.zeros(ids.shape)
-    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
     for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
@@ -153,7 +153,7 @@ def preferences(model, tokenizer, rows, out, args, test=()):
     # ranking by slope x utility + Gumbel noise is Bradley-Terry for each pair
     noise = -(-torch.rand(len(groups), args.group_size).log()).log()
     for row in range(done, len(groups)):
-        distinct = {}
+        distinct = {}  # text -> completion
         for completion, luck in zip(groups[row], noise[row].tolist()):
             if not completion["truncated"]:
                 distinct[completion["text"]] = completion | {"luck": luck}
@@ -193,7 +193,7 @@ def load_pairs(path, split, flag, args=None, test=()):
     ranks.barrier()  # the first rank has written
     groups = {}
     for row in data.load_pairs(path, split, flag, args, test):
-        groups.setdefault(row["prompt"], []).append(row)
+        groups.setdefault(row["prompt"], []).append(row)  # in the order of the file
     flags.demand(len(groups) > 1, f"{flag}: {path} has one prompt; none is left to hold out.")
     return list(groups.values())
 
@@ -217,15 +217,15 @@ def score(model, tokens, response_mask, args):
     entropy = torch.zeros_like(logp)
     for micro in tok.micro_batches(response_mask, args.micro_batch_tokens, ranks.shard()):
         part = logprobs(model, tokens[micro], response_mask[micro], args.temperature)
-        logp[micro], entropy[micro] = part
+        logp[micro], entropy[micro] = part  # [B, width]
     return ranks.reduce(logp), ranks.reduce(entropy)
 
 
 def values(scorer, tokens):
     """The scalar at each position, [B, T]: a score of all tokens up to and including this one."""
     # padding is on the right and no position is searched for: no attention mask, no pooling
-    hidden = scorer.base_model(tokens, use_cache=False).last_hidden_state
-    return models.read_scores(scorer, hidden)
+    out = scorer.base_model(tokens, use_cache=False)
+    return models.read_scores(scorer, out.last_hidden_state)
 
 
 @torch.no_grad()
@@ -341,10 +341,10 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
     """Stage 2: the initial policy with a scalar head, fitted to the pairs of 9 prompts in 10."""
     torch.manual_seed(args.seed)
     reward_model = models.load_scorer(args.model, tokenizer, args, new_head=True)
-    held_out = [pair for group in groups[::10] for pair in group]
+    held_out = [pair for group in groups[::10] for pair in group]  # by prompt, not by pair
     train = [group for i, group in enumerate(groups) if i % 10]
     optimizer = ranks.adamw(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
-    order = []
+    order = []  # of prompts, a batch for each step
     for _ in range(args.reward_epochs):
         order += torch.randperm(len(train)).split(args.batch_size)
     state = {"step": 0, "faults": 0, "stop": 0, "skipped": 0}
@@ -357,10 +357,10 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
         for rows, width in tok.micro_batches(longer, args.micro_batch_tokens // 2, ranks.shard()):
             y = tokens[rows, :, width].flatten(0, 1)  # [2B, width]
             m = mask[rows, :, width].flatten(0, 1)
-            scores = at_end(values(reward_model, y), m).view(-1, 2)
+            scores = at_end(values(reward_model, y), m).view(-1, 2)  # [B, 2]
             pair_loss(scores, len(pairs)).backward()
         parameters = ranks.reduce_gradients(reward_model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
         if runs.finite(norm, state):
             optimizer.step()
         torch.clear_autocast_cache()  # bf16 copies of the weights before the update
@@ -382,7 +382,7 @@ def gae(rewards, value, response_mask, lam):
     advantage = torch.zeros_like(rewards)
     next_advantage, next_value = 0.0, 0.0  # nothing follows the last token
     for t in reversed(range(rewards.shape[1])):  # gamma is 1: a reward counts the same at any time
-        delta = rewards[:, t] + next_value - value[:, t]
+        delta = rewards[:, t] + next_value - value[:, t]  # [N]
         next_advantage = (delta + lam * next_advantage) * response_mask[:, t]
         next_value = value[:, t] * response_mask[:, t]
         advantage[:, t] = next_advantage
@@ -392,7 +392,7 @@ def gae(rewards, value, response_mask, lam):
 def value_loss(value, old_value, returns, response_mask, inv_z, clip):
     """Half the squared error to the returns, of V or of V clipped near its old value: the larger."""
     near = old_value + (value - old_value).clamp(-clip, clip)  # as clip(r) for the policy
-    error = torch.max((value - returns) ** 2, (near - returns) ** 2)
+    error = torch.max((value - returns) ** 2, (near - returns) ** 2)  # [B, T]
     return 0.5 * (error * response_mask * inv_z).sum()
 
 
@@ -402,7 +402,7 @@ def evaluate(model, tokenizer, rows, args):
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
     with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
-        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
     return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
@@ -411,8 +411,7 @@ def evaluate(model, tokenizer, rows, args):
 def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
     """On held-out questions: the proxy reward, the gold reward, and the KL from the reference."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    groups = rollout(model, tokenizer, rows, args)
-    batch = [completion for group in groups for completion in group]
+    batch = [c for group in rollout(model, tokenizer, rows, args) for c in group]
     prompts = [c["prompt"] for c in batch]
     responses = [c["response"] for c in batch]
     tokens, mask = tok.join(prompts, responses, model.device)
@@ -422,7 +421,7 @@ def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
     return {
         "eval_score": scores.mean(),
         "eval_utility": sum(c["utility"] for c in batch) / len(batch),
-        "eval_kl": (logp - ref_logp).sum() / len(batch),
+        "eval_kl": (logp - ref_logp).sum() / len(batch),  # per response
     }
 
 
@@ -432,13 +431,13 @@ def agreement(scores, pairs, slope):
     The bound is E[sigmoid(slope |gap|)]: what a judge reaches who knows the utilities, because the
     labels are noisy. Confidence is sigmoid(|score difference|).
     """
-    margins = (scores[:, 0] - scores[:, 1]).tolist()
+    margins = (scores[:, 0] - scores[:, 1]).tolist()  # > 0: in agreement with the label
     metrics = {"pair_accuracy": sum(margin > 0 for margin in margins) / len(margins)}
     if pairs[0].get("utility_chosen") is not None:
         gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
-        bound = sum(1 / (1 + exp(-slope * abs(gap))) for gap in gaps) / len(gaps)
-        metrics["pair_accuracy_max"] = bound
-    confidence = (scores[:, 0] - scores[:, 1]).abs().sigmoid()
+        bounds = [1 / (1 + exp(-slope * abs(gap))) for gap in gaps]
+        metrics["pair_accuracy_max"] = sum(bounds) / len(bounds)
+    confidence = (scores[:, 0] - scores[:, 1]).abs().sigmoid()  # [P]
     tenths = (10 * confidence).int().clamp(max=9)
     for n in tenths.unique().tolist():
         agree = scores[tenths == n, 0] > scores[tenths == n, 1]
@@ -450,7 +449,7 @@ def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
     prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
-    tokens, mask = tok.join(prompts, responses, model.device)
+    tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
     ratio = (logp.cpu() - tok.align(sampled_logp, mask.cpu())).exp()
     evaluation.check_ratio(ratio, mask, args)
@@ -465,7 +464,7 @@ def main(args):
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     reference, _ = models.load_model(args.model)  # pi_ref, frozen
-    order = data.shuffled_batches(len(train), args.steps, args.batch_size)
+    order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
     optimizer = ranks.adamw(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -490,10 +489,9 @@ def main(args):
         return
     reward_model = models.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # starts as R
-    state["critic"] = critic.state_dict()
-    state["kl_coef"] = state.get("kl_coef", args.kl_coef)
-    loss_args = argparse.Namespace(**vars(args))
-    loss_args.kl_coef = 0.0  # in PPO the KL penalty is in the reward, not in the loss
+    state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}
+    # in PPO the KL penalty is in the reward, not in the loss
+    loss_args = argparse.Namespace(**vars(args) | {"kl_coef": 0.0})
     size = args.batch_size * args.group_size  # completions per step, N
     updates = args.epochs_per_batch * args.minibatches  # optimizer steps per step
     print(f"one step: {args.batch_size} x {args.group_size} completions, {updates} updates")
@@ -522,15 +520,15 @@ def main(args):
         per_token = rewards[:, None] * last_token(mask) - state["kl_coef"] * log_ratio  # r_t, [N, T]
         advantage, returns = gae(per_token, old_value, mask, args.lam)
         on = mask.bool()
-        whitened = advantages(advantage[on].view(1, -1), args.advantage)  # over the whole batch
-        advantage[on] = whitened[0]
+        # whitened over the whole batch: one group of all its tokens
+        advantage[on] = advantages(advantage[on].view(1, -1), args.advantage)[0]
         sampled = time.time()
 
         # train
         minibatches = []
         for _ in range(args.epochs_per_batch):
             minibatches += torch.randperm(size).tensor_split(args.minibatches)
-        inv_z = torch.zeros_like(advantage)
+        inv_z = torch.zeros(mask.shape, device=model.device)
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
@@ -543,8 +541,8 @@ def main(args):
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 A, m, z = advantage[micro], mask[micro], inv_z[micro]
                 loss, ratio, k3 = policy_loss(logp, old, ref_logp[micro], A, m, z, loss_args)
-                old_v, target = old_value[micro], returns[micro]
-                loss = loss + value_loss(value, old_v, target, m, z, args.value_clip)
+                old_v = old_value[micro]
+                loss = loss + value_loss(value, old_v, returns[micro], m, z, args.value_clip)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
@@ -553,7 +551,7 @@ def main(args):
             critic_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
             parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-            if runs.finite(norm + critic_norm, state):
+            if runs.finite(norm + critic_norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()
             norms.append(norm)
@@ -565,7 +563,7 @@ def main(args):
         entropy, k3, ratio = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
         kl = log_ratio.sum().item() / size  # per response; may be below 0
-        error = (returns - old_value)[on]
+        error = (returns - old_value)[on]  # of the critic, [tokens]
         metrics = {
             "step": step,
             "reward": rewards.mean(),

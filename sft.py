@@ -39,7 +39,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations, not of weights")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
@@ -47,15 +47,15 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else it ends the solution")
+    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
-    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt instead")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 5e-5), help="peak learning rate")
-    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="of --lr")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 5e-5), help="learning rate")
+    add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="for gradient clipping")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
@@ -83,7 +83,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)
+    generator = ranks.generator(model.device)  # each rank draws its own samples
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 
@@ -96,13 +96,13 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
             token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
         else:
             token = logits.argmax(-1, keepdim=True)
-        logp = p.gather(1, token).log()
-        ended = (token == stops).any(1)
+        logp = p.gather(1, token).log()  # [B, 1]
+        ended = (token == stops).any(1)  # [B]
         return token[:, 0], logp[:, 0], ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps = torch.zeros(ids.shape)
-    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]
+    unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
     for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
@@ -134,7 +134,7 @@ def score(model, tokens, response_mask, args):
     entropy = torch.zeros_like(logp)
     for micro in tok.micro_batches(response_mask, args.micro_batch_tokens, ranks.shard()):
         part = logprobs(model, tokens[micro], response_mask[micro], args.temperature)
-        logp[micro], entropy[micro] = part
+        logp[micro], entropy[micro] = part  # [B, width]
     return ranks.reduce(logp), ranks.reduce(entropy)
 
 
@@ -151,7 +151,7 @@ def evaluate(model, tokenizer, rows, args):
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
     with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
-        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
     return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
@@ -161,7 +161,7 @@ def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
     prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
-    tokens, mask = tok.join(prompts, responses, model.device)
+    tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
     ratio = (logp.cpu() - tok.align(sampled_logp, mask.cpu())).exp()
     evaluation.check_ratio(ratio, mask, args)
@@ -173,7 +173,7 @@ def main(args):
     train, test = data.load_splits(args, demonstrations=True)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
-    order = data.shuffled_batches(len(train), args.steps, args.batch_size)
+    order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -194,9 +194,12 @@ def main(args):
 
         # demonstrations
         batch = train[order[step - 1].tolist()]  # column -> list
-        prompts = tok.encode_prompts(tokenizer, batch["question"], args.prompt_template)
-        responses = [tok.encode_response(tokenizer, text) for text in batch["solution"]]
-        truncated = sum(len(ids) > args.max_demo_tokens for ids in responses)
+        questions = batch["question"]
+        prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
+        solutions = batch["solution"]
+        responses = [tok.encode_response(tokenizer, text) for text in solutions]
+        lengths = [len(ids) for ids in responses]
+        truncated = sum(length > args.max_demo_tokens for length in lengths)
         responses = [ids[: args.max_demo_tokens] for ids in responses]
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
@@ -213,15 +216,18 @@ def main(args):
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
         parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        if runs.finite(norm, state):
+        if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()
+
+        losses = ranks.gather(losses)  # of all ranks
+        entropies = ranks.gather(entropies)
 
         # log, evaluate, save
         metrics = {
             "step": step,
-            "loss": sum(ranks.gather(losses)),
-            "entropy": torch.cat(ranks.gather(entropies)).mean(),
+            "loss": sum(losses),
+            "entropy": torch.cat(entropies).mean(),
             "grad_norm": norm,
             "response_len": mask.sum(1).float().mean(),
             "truncated_frac": truncated / len(tokens),

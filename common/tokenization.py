@@ -134,3 +134,27 @@ def micro_batches(response_mask, max_tokens, shard=(0, 1), rows=None):
             batches.append([])  # its first row is its longest, which sets the width
         batches[-1].append(i)
     return [(batch, slice(end[batch[0]])) for batch in batches]
+
+
+# ---- ids -> text, inside of a recorded step --------------------------------------------------------------
+
+
+def spelling(tokenizer, vocabulary, text):
+    """A table that tells whether a response contains `text`, without decoding it: [len(text) + 1, V].
+
+    From n, the number of characters of `text` that a response ends with, and its next token: table[n, token]
+    is the new n. Once all of the text has occurred, n stays at len(text). A step that a GPU replays cannot
+    stop to decode tokens; it can look up a table.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    pieces += [""] * (vocabulary - len(pieces))  # a model may have more rows than its tokenizer has ids
+    table = []
+    for n in range(len(text)):
+        row = []
+        for piece in pieces:
+            end = text[:n] + piece
+            matched = [k for k in range(len(text)) if end.endswith(text[:k])]
+            row.append(len(text) if text in end else max(matched))
+        table.append(row)
+    table.append([len(text)] * len(pieces))
+    return torch.tensor(table)

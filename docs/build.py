@@ -1,9 +1,9 @@
 """Static pages: parent beside child with a sentence for each hunk, equations beside lines, lessons, the zoo.
 
-    python docs/build.py                     # writes docs/site/; docs/site/index.html is the way in
+    python docs/build.py                     # writes docs/site/; open docs/site/index.html
 
-Plain HTML and one style sheet, no script, nothing from the network. The words are in docs/*.toml, the code is
-read from the scripts: what is said of a line that is gone, or a reference that leads nowhere, is an error.
+Plain HTML and one style sheet, no JavaScript, nothing from the network. The text is in docs/*.toml, the code
+is read from the scripts. A note about a line that no longer exists is an error, and so is a broken reference.
 """
 
 import ast
@@ -24,6 +24,8 @@ PAIRS = [("sft", "rft_rejection"), ("sft", "idft_hinted"), ("sft", "dpo"), ("grp
 PAIRS += [("grpo", "rlhf_ppo")]
 SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "rlhf_ppo"]
 COMMON = ["common/tokenization", "common/logprob", "common/verifier"]
+ROOMS = "flags data models ranks recording decoding runs folders evaluation annotator".split()
+COMMON += [f"common/plumbing/{room}" for room in ROOMS]
 COLOURS = [
     (Token.Comment, "c"),
     (Token.Literal.String, "s"),
@@ -33,7 +35,7 @@ COLOURS = [
 COLOURS += [(Token.Literal.Number, "d"), (Token.Name.Function, "f")]
 
 
-# ---- words -----------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -42,7 +44,7 @@ def words(name):
 
 
 def math(text):
-    """An equation: _x, _{xy}, ^x and ^{xy} become lowered and raised; nothing else is mark-up."""
+    """An equation: _x, _{xy}, ^x and ^{xy} become subscripts and superscripts; there is no other mark-up."""
     text, before = escape(text), None
     while text != before:  # one level of nesting a turn
         before = text
@@ -52,7 +54,7 @@ def math(text):
 
 
 def prose(text):
-    """A sentence: `code`, and [[references]] that are resolved here or refused."""
+    """A sentence: `code`, and [[references]] which must exist."""
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
     return re.sub(r"\[\[(.+?)\]\]", lambda m: reference(m[1]), text)
 
@@ -180,7 +182,7 @@ def hunks(parent, child):
 
 
 def said(parent, child):
-    """The entry of docs/hunks.toml of each hunk; a hunk without, or an entry without a hunk, is an error."""
+    """The entry of docs/hunks.toml of each hunk; a hunk without an entry is an error, and vice versa."""
     everything = words("docs/hunks.toml")
     own, entries = everything.get(f"{parent}→{child}", []), [everything["docstring"]]
     for i1, i2, j1, j2 in hunks(parent, child)[1:]:
@@ -194,7 +196,7 @@ def said(parent, child):
                 f"{parent}→{child}: {len(found)} sentences for the hunk at {near!r}, line {j1 + 1}"
             )
         if found[0] in entries:
-            raise ValueError(f"{parent}→{child}: {found[0]} is said of two hunks")
+            raise ValueError(f"{parent}→{child}: {found[0]} matches two hunks")
         entries += found
     if lost := [x for x in own if x not in entries]:
         raise ValueError(f"{parent}→{child}: no hunk has {lost}")
@@ -318,7 +320,7 @@ def bugs(name):
     for bug, entry in words("tests/zoo/bugs.toml").items():
         if entry["file"] == f"{name}.py":
             found.setdefault(line_of(name, entry["old"])[0], []).append(f'<a href="zoo.html#{bug}">{bug}</a>')
-    return {n: f'<p class="bugs soft">wrong in the zoo: {", ".join(links)}</p>' for n, links in found.items()}
+    return {n: f'<p class="bugs soft">in the zoo: {", ".join(links)}</p>' for n, links in found.items()}
 
 
 def script_page(name):
@@ -357,21 +359,18 @@ def zoo_page():
         both = zip(("old", "new"), (was, now), marks)
         code = "".join(f'<span class="{c}">{paint([(None, text)], mark)}</span>' for c, text, mark in both)
         link = f'<a href="{page_of(path)}#L{n}">{bug["file"]}, line {n}</a>'
-        text = f"<p>{escape(bug['symptom'])}</p><p class=soft>{link}. Met in "
+        text = f"<p>{escape(bug['symptom'])}</p><p class=soft>{link}. Reported in "
         text += "; ".join(map(source_link, bug["source"]))
-        text += f". Killed by <code>{escape(bug['killed_by'])}</code>. "
+        text += f". The test that fails: <code>{escape(bug['killed_by'])}</code>. "
         if "run" in bug:
-            text += f"It shows with <code>{bug['run']}</code>. "
-        text += f"To hunt it: <code>python docs/exercise.py bug --seed {seed}</code></p>"
+            text += f"It shows only with <code>{bug['run']}</code>. "
+        text += f"To search for it: <code>python docs/exercise.py bug --seed {seed}</code></p>"
         head = f'<h2 id="{name}">{escape(bug["title"])}</h2>'
         code = f'<pre tabindex="0">{code}</pre><div class="prose">{text}</div>'
         parts.append(f'<section class="small">{head}{code}</section>')
-    intro = (
-        f"{len(all_bugs)} real bugs of the field, each as a change of one line of these scripts: above the "
-    )
-    intro += (
-        "right line, below the wrong one. <code>pytest tests/test_zoo.py</code> proves that each is killed."
-    )
+    intro = f"{len(all_bugs)} real bugs of the field, each as a change of one line of these scripts: "
+    intro += "the correct line, then the line with the bug. "
+    intro += "<code>pytest tests/test_zoo.py</code> shows that a test fails on each."
     return page("The bug zoo", f'<p class="prose">{intro}</p>{"".join(parts)}')
 
 
@@ -431,7 +430,7 @@ def page(title, body):
 
 
 def build(out):
-    """Writes all pages into a folder and returns {file name: HTML}."""
+    """Write all pages into a folder; returns {file name: HTML}."""
     pages = {"index.html": index_page(), "zoo.html": zoo_page()}
     pages |= {f"{a}-{b}.html": pair_page(a, b) for a, b in PAIRS}
     pages |= {page_of(name): script_page(name) for name in SCRIPTS + COMMON}

@@ -1,10 +1,10 @@
-"""Exercises for a course: a script with blanks, or with a bug of the zoo in it, and tests that know better.
+"""Exercises for a course: a script with blanks, or with a bug of the zoo in it, and tests that check it.
 
 python docs/exercise.py grpo             # writes exercises/grpo/: docs/exercises.toml says what is blank
-python docs/exercise.py grpo             # again, after editing exercises/grpo/grpo.py: what is right by now?
-python docs/exercise.py bug --seed 19    # one of tests/zoo/bugs.toml: find the line, mend it, run this again
+python docs/exercise.py grpo             # after editing exercises/grpo/grpo.py: what is correct so far?
+python docs/exercise.py bug --seed 19    # one of tests/zoo/bugs.toml: find the line, fix it, run this again
 
-A bug is found by reading, not by a diff with the repository: say what the line does to a gradient first.
+Find a bug by reading, not by a diff with the repository: explain first what the line does to a gradient.
 """
 
 import argparse
@@ -21,7 +21,7 @@ EXERCISES = tomllib.loads((ROOT / "docs/exercises.toml").read_text())
 
 
 def span(lines, mark):
-    """First and last line (from 0, inclusive) of a mark in a script's lines, and its name."""
+    """First and last line (from 0, inclusive) of a mark in the lines of a script, and its name."""
     if "function" not in mark:
         ends = [[i for i, line in enumerate(lines) if mark[end] in line] for end in ("from", "to")]
         if [len(x) for x in ends] != [1, 1] or ends[0] > ends[1]:
@@ -64,24 +64,31 @@ def workshop_files(script, marks):
     return files
 
 
+def write(out, texts):
+    """A workspace without docs/, whose pages and notebook show the lines that are blank or have the bug."""
+    workspace(out, texts)
+    (out / "docs").unlink(missing_ok=True)
+
+
 def verdict(seen):
-    """open, wrong or right, from what happened to the tests of a span."""
+    """open, incorrect or correct, from the results of a span's tests."""
     if any(exception == "NotImplementedError" for *_, exception in seen):
         return "open"
-    return "right" if seen and all(outcome == "passed" for *_, outcome, _ in seen) else "wrong"
+    passed = seen and all(outcome == "passed" for *_, outcome, _ in seen)
+    return "correct" if passed else "incorrect"
 
 
 def fill_in(script, out):
-    """Blank the script unless that has been done, and print what has been solved."""
+    """Blank the script unless that has been done, and print which blanks are solved."""
     marks = EXERCISES[script]
     if not out.exists():
-        workspace(out, workshop_files(script, marks))
-        print(f"written: {out}/{script}.py with {len(marks)} blanks; write them and run this command again")
+        write(out, workshop_files(script, marks))
+        print(f"written: {out}/{script}.py with {len(marks)} blanks; fill them and run this command again")
     names = [span((ROOT / f"{script}.py").read_text().split("\n"), mark)[2] for mark in marks]
     results = run({name: (out.resolve(), mark["tests"]) for name, mark in zip(names, marks)})
     for name, mark in zip(names, marks):
-        print(f"{verdict(results[name][1]):6} {name:14} {mark['task']}")
-    left = [mark for name, mark in zip(names, marks) if verdict(results[name][1]) != "right"]
+        print(f"{verdict(results[name][1]):9} {name:14} {mark['task']}")
+    left = [mark for name, mark in zip(names, marks) if verdict(results[name][1]) != "correct"]
     if left:
         print(f"next: cd {out} && python -m pytest --tb=short {' '.join(left[0]['tests'])}")
     return not left
@@ -91,13 +98,15 @@ def find_bug(seed, out):
     """Plant one of the zoo's bugs unless that has been done, and say whether it is still there."""
     bug = list(BUGS.values())[seed % len(BUGS)]
     if not out.exists():
-        workspace(out, [patched(bug)])
-        print(f"written: {out}, where one line of {bug['file']} is wrong. What one sees: {bug['symptom']}")
+        write(out, [patched(bug)])
+        print(f"written: {out}, where one line of {bug['file']} has a bug. Symptom: {bug['symptom']}")
         if "run" in bug:
-            print(f"It shows with {bug['run']}; with the default flags it does not.")
+            print(f"It shows with {bug['run']}, not with the default flags.")
     [(status, _)] = run({"bug": (out.resolve(), [bug["killed_by"]])}).values()
-    said = f"gone. It was: {bug['title']} ({', '.join(bug['source'])})" if status == 0 else "still there."
-    print(f"The bug is {said}")
+    if status:
+        print("The bug is still there.")
+    else:
+        print(f"The bug is fixed. It was: {bug['title']} ({', '.join(bug['source'])})")
     return status == 0
 
 
@@ -105,7 +114,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=[*EXERCISES, "bug"], help="a script with blanks, or any with a bug")
+    parser.add_argument(
+        "what", choices=[*EXERCISES, "bug"], help="a script with blanks, or a copy with a bug"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which bug")
     parser.add_argument("--out", type=Path, help="default: exercises/WHAT; it is never overwritten")
     args = parser.parse_args(argv)

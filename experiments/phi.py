@@ -1,14 +1,14 @@
-"""Does phi = log p + H tell own samples from foreign ones better than log p does?
+"""Does phi = log p + H tell on-policy samples from off-policy text better than log p does?
 
     python experiments/phi.py
 
 Towards On-Policy SFT (arXiv 2602.12222) says so and gives no number. Here: responses of the tiny base model
-at T = 1 against demonstrations, against noisy demonstrations and against its own samples at T = 0.3, on 300
+at T = 1 against demonstrations, noisy demonstrations and its own samples at T = 0.3, on 300
 held-out questions: one demonstration, ten samples of each. A response's score is the mean over the tokens of
-a window, by which shorter responses are left out. AUROC is the chance that a random own response scores above
-a random foreign one; intervals are the middle 95 % of 1,000 bootstrap draws over questions. `texts`: distinct
-windows of the foreign responses. Demonstrations all begin in one of a few ways, so what holds of their first
-tokens holds of a few texts.
+a window; shorter responses are left out. AUROC is the probability that a random on-policy response scores
+above a random off-policy one; intervals are the middle 95 % of 1,000 bootstrap draws over questions. `texts`:
+distinct windows of the off-policy responses. All demonstrations begin in one of a few ways, so a result about
+their first tokens is about a few texts.
 """
 
 import sys
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import idft_hinted as idft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
+from common.plumbing import data, models  # noqa: E402
 
 WINDOWS = ((0, 1), (0, 8), (8, 16), (0, 32))  # tokens of a response, from and to
 TIMES = 1000
@@ -34,9 +35,9 @@ def auroc(own, foreign):
 
 def compared(own, foreign):
     """AUROC of log p, of phi, and their difference, each with an interval; of {question, log p, phi}."""
-    dice, draws = torch.Generator().manual_seed(0), []
+    generator, draws = torch.Generator().manual_seed(0), []
     for n in range(TIMES + 1):
-        some = torch.randint(300, (300,), generator=dice) if n else torch.arange(300)
+        some = torch.randint(300, (300,), generator=generator) if n else torch.arange(300)
         often = some.bincount(minlength=300)  # of each question; the first draw is the sample itself
         both = [
             [x[k].repeat_interleave(often[x["question"]]) for x in (own, foreign)] for k in ("logp", "phi")
@@ -52,8 +53,8 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     args = idft.parse_args([])
-    model, tokenizer = tok.load_model(str(ROOT / "tiny/model"))
-    rows = tok.load_split(str(ROOT / "tiny/data"), "test", {}).select(range(300))
+    model, tokenizer = models.load_model(str(ROOT / "tiny/model"))
+    rows = data.load_split(str(ROOT / "tiny/data"), "test", {}).select(range(300))
     prompts = tok.encode_prompts(tokenizer, rows["question"])
     kinds = {"own, T = 1": idft.sample(model, tokenizer, prompts * 10, 1.0, args)[0]}
     for name, key in (("demonstrations", "solution"), ("noisy demonstrations", "noisy_solution")):

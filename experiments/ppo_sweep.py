@@ -1,20 +1,21 @@
-"""What a reward model is worth: PPO at several beta, best-of-n and DPO, by score, hidden utility and KL.
+"""Reward-model over-optimisation: PPO at several beta, best-of-n and DPO, by score, hidden utility and KL.
 
     python experiments/ppo_sweep.py                            # all cells, two at a time, one thread each
     python experiments/ppo_sweep.py --cells "ppo, 0.2" --seeds 0 1
     python experiments/ppo_sweep.py --report                   # run nothing: report what has been run
 
 For each seed `rlhf_ppo.py --stop-after reward` collects pairs and fits a reward model to them. On these
-    ppo, beta       is its third step, from the base model
+    ppo, beta       is its third stage, from the base model
     dpo             is dpo.py on the same pairs: no reward model, no sampling
-    best of n       trains nothing: of n answers of the base model the one with the highest score counts
-Every result answers the same 300 held-out questions. `score` is what the seed's reward model says, 0 for the
-base model on average; `utility` what the simulated annotator values, 3.5 at most, which nothing is told;
-KL is that of whole responses from the base model in nats, for best-of-n its bound log n - (n - 1) / n
-(Stiennon et al., 2009.01325, appendix G.3; Beirami et al., 2401.01879, show that it is one).
+    best of n       trains nothing: of n samples of the base model the one with the highest score is taken
+Every result answers the same 300 held-out questions. `score` is the proxy reward, from the seed's reward
+model, 0 for the base model on average; `utility` is the gold reward of the simulated annotator, 3.5 at
+most, which no method sees; KL is that of whole responses to the base model in nats, for best-of-n its
+bound log n - (n - 1) / n (Stiennon et al., 2009.01325, appendix G.3; Beirami et al., 2401.01879, show
+that it is one).
 
-What has been measured is kept in experiments/results/ppo/, a file a cell; intervals as in reproduce.py. Fixed
-before the runs: PPO works if the interval of its gain in utility is above 0; the reward model is
+What has been measured is kept in experiments/results/ppo/, a file a cell; intervals as in reproduce.py.
+Fixed before the runs: PPO works if the interval of its gain in utility is above 0; the reward model is
 over-optimised where a smaller beta has a higher score and a lower utility, both intervals off 0.
 """
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
-from common.verifier import check_gold, extract_answer  # noqa: E402
+from common.plumbing import data, folders, models  # noqa: E402
 from experiments.reproduce import COLORS, canvas, flags, insert, interval, process, save  # noqa: E402
 
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
@@ -52,13 +53,13 @@ def name_of(cell, seed):
 def train(command, seed, out, *more):
     """One run of a script, continued where it was killed; its screen goes to <out>.log."""
     if not (out / "final").exists():
-        more += ("--resume",) * bool(tok.checkpoints(out))
+        more += ("--resume",) * bool(folders.checkpoints(out))
         run = (*command.split(), "--seed", str(seed), "--output-dir", str(out), *more)
         process(f"{out}.log", sys.executable, *run)
 
 
 def reward_model(seed, runs):
-    """Steps 1 and 2 of a seed: its pairs, its reward model, and the line of metrics about it."""
+    """Stages 1 and 2 of a seed: its pairs, its reward model, and the line of metrics about it."""
     out, result = runs / f"reward-{seed}", RESULTS / f"ppo/reward-{seed}.json"
     if not result.exists() or not (out / "reward_model").exists():
         train("rlhf_ppo.py --stop-after reward", seed, out)
@@ -83,14 +84,16 @@ def measure(cell, seed, runs):
     """Score, utility and KL of each held-out question: means of 8 samples, or of the best of n of 64."""
     out = runs / name_of(cell, seed)
     args = rlhf_ppo.parse_args(["--group-size", "8" if CELLS[cell] else str(max(TIMES))])  # 300 questions
-    _, rows = tok.load_splits(args, extract_answer, check_gold)
-    base, tokenizer = tok.load_model(args.model)
-    model = tok.load_model(str(out / "final"))[0] if CELLS[cell] else base
-    scorer = tok.load_scorer(str(runs / f"reward-{seed}/reward_model"), tokenizer, args)
+    _, rows = data.load_splits(args)
+    base, tokenizer = models.load_model(args.model)
+    model = models.load_model(str(out / "final"))[0] if CELLS[cell] else base
+    scorer = models.load_scorer(str(runs / f"reward-{seed}/reward_model"), tokenizer, args)
     torch.manual_seed(seed)
-    batch = sum(rlhf_ppo.rollout(model, tokenizer, rows, args), [])
+    groups = rlhf_ppo.rollout(model, tokenizer, rows, args)
+    batch = [completion for group in groups for completion in group]
     tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch])
-    score = tok.at_end(rlhf_ppo.all_values(scorer, tokens, mask, args), mask).view(len(rows), -1)  # [Q, G]
+    score = rlhf_ppo.at_end(rlhf_ppo.all_values(scorer, tokens, mask, args), mask)
+    score = score.view(len(rows), -1)  # [Q, G]
     utility = torch.tensor([c["utility"] for c in batch]).view(len(rows), -1)
     record = {"cell": cell, "seed": seed, "length": sum(len(c["response"]) for c in batch) / len(batch)}
     if CELLS[cell]:
@@ -129,7 +132,7 @@ def stack(done, number, seeds=None):
     return torch.tensor([done[seed][number] for seed in seeds or done])  # [seeds, questions]
 
 
-def cut(ends, form="{:.2f} [{:.2f}, {:.2f}]"):
+def shown(ends, form="{:.2f} [{:.2f}, {:.2f}]"):
     return form.format(*ends)
 
 
@@ -146,14 +149,14 @@ def report(seeds, write):
     head = "| | score | hidden utility | KL, nats a response | response, tokens | seeds |"
     text = [head, "|---" * 6 + "|"]
     for name, row in rows.items():
-        kl = f"≤ {row['kl'][0]:.2f}" if name.startswith("best") else cut(row["kl"])  # a bound, not measured
-        ends = [cut(row[k]) for k in ("score", "utility")] + [kl]
+        kl = f"≤ {row['kl'][0]:.2f}" if name.startswith("best") else shown(row["kl"])  # a bound, not measured
+        ends = [shown(row[k]) for k in ("score", "utility")] + [kl]
         text.append(f"| {name} | " + " | ".join([*ends, row["length"], str(len(row["seeds"]))]) + " |")
     gains = ["| | less | score | utility | KL | seeds |", "|---" * 6 + "|"]
     for a, b in COMPARED:
         if both := sorted(points.get(a, {}).keys() & points.get(b, {}).keys()):
             ends = [
-                cut(
+                shown(
                     interval(stack(points[a], k, both) - stack(points[b], k, both)),
                     "{:+.2f} [{:+.2f}, {:+.2f}]",
                 )

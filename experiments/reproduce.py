@@ -4,16 +4,18 @@
     python experiments/reproduce.py --cells sft grpo --seeds 0 1
     python experiments/reproduce.py --report                   # run nothing: report what has been run
 
-A cell is a command line and a seed; its folder is runs/reproduce/<cell>-<seed>, what came out of it is
-experiments/results/cells/<cell>-<seed>.json. A cell that has such a file is not run again (delete it to run
-it again) and an interrupted one continues from its last checkpoint, so the whole can be stopped and started
-at any time. Cells do not evaluate themselves: `measure` asks every final model the same questions.
+A cell is a command line and a seed; its folder is runs/reproduce/<cell>-<seed>, its results are in
+experiments/results/cells/<cell>-<seed>.json. A cell that has such a file is not run again (delete the
+file to run it again), and an interrupted one continues from its last checkpoint. So everything can be
+stopped and started at any time. Cells do not evaluate themselves: `measure` asks every final model the
+same questions.
 
-Fixed before the runs: the main number is pass@1, the share of right answers among 8 samples at temperature 1
-to each of 300 held-out questions; an interval is the middle 95 % of bootstrap draws that resample seeds and
-questions; two methods are compared on the same questions and seeds, and they differ if the interval of their
-difference does not hold 0, over three seeds at least. A claim is reproduced if every comparison that it makes
-comes out as it says. README.md, "How this was run", lists what changed after runs had been seen.
+Fixed before the runs: the main metric is pass@1, the share of correct answers among 8 samples at
+temperature 1 to each of 300 held-out questions; an interval is the middle 95 % of bootstrap draws that
+resample seeds and questions; two methods are compared on the same questions and seeds, and they differ if
+the interval of their difference does not contain 0, with at least three seeds. A claim is reproduced if
+every comparison that it makes holds. README.md, "How this was run", lists what changed after runs had
+been seen.
 """
 
 import argparse
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
+from common.plumbing import data, folders, models  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
 
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
@@ -64,7 +67,7 @@ CELLS = {
     "grpo, as in DeepSeekMath": f"{GRPO} --kl-coef 0.04",
     "grpo, std and length": GRPO,
     "grpo, four updates": f"{GRPO} --minibatches 4",
-    "dapo": f"{DAPO} --skip-dead-groups 3 --overlong-tokens 20",
+    "dapo": f"{DAPO} --dynamic-sampling 3 --overlong-tokens 20",
     "sft, then grpo": f"{HALF} && grpo.py --steps 60",
     "prefix_rft": "prefix_rft.py",
     "prefix_rft, prefix not trained": "prefix_rft.py --prefix-loss none",
@@ -119,7 +122,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
         [(f"{PREFIX}, {share} % demonstrated", "grpo", "pass@1") for share in (10, 1)],
     ),
     (
-        "half of the demonstrations wrong: Prefix-RFT is above what else trains on them, and above GRPO",
+        "half of the demonstrations incorrect: Prefix-RFT is above what else trains on them, and above GRPO",
         "",
         above(PREFIX + NOISED, [x + NOISED for x in ("sft", "idft", "luffy", "sft, then grpo")] + ["grpo"]),
     ),
@@ -134,7 +137,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
         [(PREFIX, None, "lead lost")],
     ),
     (
-        "Prefix-RFT widens what is solved at all",
+        "Prefix-RFT raises pass@k at large k",
         "pass@2048, AIME24: 96.7; RL 90.0, base 86.7",
         above(PREFIX, ["grpo", "base"], "pass@64")
         + above(PREFIX, ["grpo", "base"], "pass@64, harder")
@@ -180,11 +183,11 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
     ("IDFT forgets less than SFT", "", above("idft", ["sft"], "side")),
     (
         "hinted decoding raises phi",
-        "one example: own words -0.1, hinted -0.05",
+        "one example: self-generated -0.1, hinted -0.05",
         [("hinted + idft", None, "phi gained")],
     ),
     (
-        "own words forget less: hinted + SFT than SFT, hinted + IDFT than hinted + SFT",
+        "self-generated targets reduce forgetting: hinted + SFT over SFT, hinted + IDFT over hinted + SFT",
         "",
         above("hinted + sft", ["sft"], "side") + above("hinted + idft", ["hinted + sft"], "side"),
     ),
@@ -197,7 +200,7 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
 
 
 RESULTS, README = ROOT / "experiments/results", ROOT / "README.md"
-# what is logged of a stage before training
+# metrics of a stage before training
 STAGE = "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
 
 
@@ -234,16 +237,16 @@ QUICK = "--eval-questions 1 --eval-samples 0"  # `measure` asks every final mode
 def train(cell, seed, out, more=QUICK):
     """The folders of a cell's runs, each on the model that the one before has left; `more` for the last."""
     stages = CELLS[cell].split(" && ")
-    folders = [Path(f"{out}-stage{i}") for i in range(1, len(stages))] + [out]
-    for command, folder, before in zip(stages, folders, [None, *folders]):
+    outs = [Path(f"{out}-stage{i}") for i in range(1, len(stages))] + [out]
+    for command, folder, before in zip(stages, outs, [None, *outs]):
         if not (folder / "final").exists():
             flags = f"--seed {seed} --output-dir {folder} {more if folder == out else QUICK}"
             flags += f" --model {before}/final" if before else ""
-            flags += " --resume" * bool(tok.checkpoints(folder))
+            flags += " --resume" * bool(folders.checkpoints(folder))
             seconds = process(f"{out}.log", sys.executable, *command.split(), *flags.split())
             if "--resume" not in flags:  # else this is a part of them only
                 (folder / "seconds.json").write_text(json.dumps(seconds))
-    return folders
+    return outs
 
 
 def run(cell, seed, runs):
@@ -251,17 +254,17 @@ def run(cell, seed, runs):
     out, result = runs / name_of(cell, seed), RESULTS / f"cells/{name_of(cell, seed)}.json"
     if result.exists():
         return
-    folders = train(cell, seed, out)
+    outs = train(cell, seed, out)
     if not (out / "measured.json").exists():
         few = ["--few"] * (seed >= MANY_SEEDS)
         process(f"{out}.log", sys.executable, __file__, "--measure", str(out / "final"), *few)
-    lines = [json.loads(line) for folder in folders for line in open(folder / "metrics.jsonl")]
+    lines = [json.loads(line) for folder in outs for line in open(folder / "metrics.jsonl")]
     record = {"cell": cell, "command": CELLS[cell], "seed": seed}
     record |= {"commit": json.loads((out / "args.json").read_text())["commit"]}
     record |= {f: sum(x.get(f, 0) for x in lines) for f in ("tokens_generated", "tokens_trained")}
-    record |= {"args": [settings(json.loads((folder / "args.json").read_text())) for folder in folders]}
-    if all((folder / "seconds.json").exists() for folder in folders):
-        record |= {"cpu": sum(json.loads((f / "seconds.json").read_text())["cpu"] for f in folders)}
+    record |= {"args": [settings(json.loads((folder / "args.json").read_text())) for folder in outs]}
+    if all((folder / "seconds.json").exists() for folder in outs):
+        record |= {"cpu": sum(json.loads((f / "seconds.json").read_text())["cpu"] for f in outs)}
     numbers = ["reward", "entropy", "response_len"] + ["reward_hybrid"] * ("reward_hybrid" in lines[-1])
     curve = [[x[k] for k in numbers] for x in lines if {"reward", "entropy"} <= x.keys()]
     record |= {"curve": [[round(y, 4) for y in x] for x in curve]} if curve else {}
@@ -275,33 +278,35 @@ def run(cell, seed, runs):
 
 @torch.no_grad()
 def measure(folder, few=False):
-    """Right answers per question on each split, and on own samples: KL to the base, entropy, length.
+    """Correct answers per question on each split; KL to the base, entropy and length of on-policy samples.
 
-    Also right answers among 64 to each of 100 held-out questions and of 100 harder ones, unless `few`.
+    Unless `few`, also correct answers among 64 to each of 100 held-out questions and of 100 harder ones.
     """
     args = sft.parse_args(["--max-new-tokens", "128"])
-    model, tokenizer = tok.load_model(str(folder))
-    base, _ = tok.load_model(str(ROOT / "tiny/model"))
+    model, tokenizer = models.load_model(str(folder))
+    base, _ = models.load_model(str(ROOT / "tiny/model"))
     measured, stops = {}, tok.stop_ids(tokenizer, model.config)
     for split, (questions, n) in SPLITS.items():
-        rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(questions))
+        rows = data.load_split(str(ROOT / "tiny/data"), split, {}).select(range(questions))
         prompts, golds = tok.encode_prompts(tokenizer, rows["question"]), list(rows["answer"])
         for name, temperature, copies in ((split, 1.0, n), (f"{split}_greedy", 0.0, 1)):
             torch.manual_seed(0)
             responses, _ = sft.sample(model, tokenizer, prompts * copies, temperature, args)
-            right = math_reward(tok.decode_responses(tokenizer, responses), golds * copies)
-            measured[name] = torch.tensor(right).view(copies, questions).sum(0).int().tolist()
+            correct = math_reward(tok.decode_responses(tokenizer, responses), golds * copies)
+            measured[name] = torch.tensor(correct).view(copies, questions).sum(0).int().tolist()
             if name == "test":
                 measured["levels"], own = list(rows["level"]), (prompts, responses[:questions])
                 measured["length"] = sum(map(len, responses)) / len(responses)
-                measured["cut"] = sum(ids[-1] not in stops for ids in responses) / len(responses)
+                truncated = sum(ids[-1] not in stops for ids in responses)
+                measured["truncated"] = truncated / len(responses)
     for split in () if few else ("test", "harder"):
         torch.manual_seed(0)
-        rows = tok.load_split(str(ROOT / "tiny/data"), split, {}).select(range(MANY_QUESTIONS))
+        rows = data.load_split(str(ROOT / "tiny/data"), split, {}).select(range(MANY_QUESTIONS))
         prompts = tok.encode_prompts(tokenizer, rows["question"]) * MANY_SAMPLES
         responses, _ = sft.sample(model, tokenizer, prompts, 1.0, args)
-        right = math_reward(tok.decode_responses(tokenizer, responses), list(rows["answer"]) * MANY_SAMPLES)
-        measured[f"many_{split}"] = torch.tensor(right).view(MANY_SAMPLES, -1).sum(0).int().tolist()
+        texts = tok.decode_responses(tokenizer, responses)
+        correct = math_reward(texts, list(rows["answer"]) * MANY_SAMPLES)
+        measured[f"many_{split}"] = torch.tensor(correct).view(MANY_SAMPLES, -1).sum(0).int().tolist()
     tokens, mask = tok.join(*own)
     log_p, log_q = (m(tokens).logits[:, :-1].log_softmax(-1) for m in (model, base))
     seen = mask[:, 1:].bool()
@@ -313,10 +318,26 @@ def measure(folder, few=False):
 # ---- reporting -------------------------------------------------------------------------------------------
 
 
+# records up to 0.1.0 have other names for three things
+RENAMED = {
+    "skip-dead-groups": "dynamic-sampling",
+    "skip_dead_groups": "dynamic_sampling",
+    '"cut"': '"truncated"',
+}
+
+
+def record_of(file):
+    """A committed record, with the names of today. The file stays as it was recorded."""
+    text = file.read_text()
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return json.loads(text)
+
+
 def read(cell, seeds):
-    """What the finished seeds of a cell gave, and what they cost."""
+    """The results and the cost of the finished seeds of a cell."""
     files = [RESULTS / f"cells/{name_of(cell, seed)}.json" for seed in seeds]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    return [record_of(file) for file in files if file.exists()]
 
 
 ASKED = ("test", "harder", "side", "test_greedy")
@@ -339,16 +360,16 @@ def lead_lost(x):
 OF_RUN = {
     "lead lost": lead_lost,
     "phi gained": lambda x: x["stage"]["phi_hinted"] - x["stage"]["phi_demo"],
-    "entropy left": lambda x: x["entropy"],  # on own samples after training
+    "entropy left": lambda x: x["entropy"],  # of on-policy samples after training
     "entropy in training": lambda x: torch.tensor(x["curve"])[:, 1].mean().item(),  # demonstrations included
 }
-# share of questions that get so many right answers to 64 samples
+# share of questions with so many correct answers among 64 samples
 OF_MANY = {"pass@64": ("many_test", 1), "pass@64, harder": ("many_harder", 1)}
 OF_MANY |= {"8 of 64, harder": ("many_harder", 8)}
 
 
 def shares(done, name):
-    """Share of right answers, [seeds, questions], or one number of each run, [seeds, 1]."""
+    """Share of correct answers, [seeds, questions], or one number per run, [seeds, 1]."""
     if name in OF_RUN:
         return torch.tensor([[OF_RUN[name](x)] for x in done])
     if name in OF_MANY:
@@ -360,7 +381,7 @@ def shares(done, name):
 
 
 @cache
-def dice(seeds, questions, times):
+def resampled(seeds, questions, times):
     """How often each draw has each seed and question, over their number: [times, seeds], [times, questions].
 
     Of S seeds S - 1 are drawn: S draws of so few would have (S - 1) / S of the variance of their mean.
@@ -373,22 +394,22 @@ def dice(seeds, questions, times):
     return drawn
 
 
-def draws(right, times=20000):
+def draws(correct, times=20000):
     """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
-    some, of = dice(*right.shape, times)
-    return ((some @ right) * of).sum(1)
+    some, of = resampled(*correct.shape, times)
+    return ((some @ correct) * of).sum(1)
 
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of t, by the number of runs
 
 
-def interval(right):
+def interval(correct):
     """Mean and the ends of its 95 % interval; of one number a run, [seeds, 1], Student's."""
-    mean, runs = right.mean().item(), len(right)
-    if right.shape[1] > 1 or runs == 1:
-        low, high = draws(right).quantile(torch.tensor([0.025, 0.975])).tolist()
+    mean, runs = correct.mean().item(), len(correct)
+    if correct.shape[1] > 1 or runs == 1:
+        low, high = draws(correct).quantile(torch.tensor([0.025, 0.975])).tolist()
     else:
-        half = STUDENT[runs] * right.std().item() / runs**0.5
+        half = STUDENT[runs] * correct.std().item() / runs**0.5
         low, high = mean - half, mean + half
     return [round(x, 4) for x in (mean, low, high)]
 
@@ -398,10 +419,10 @@ def summary(done):
     levels, test = torch.tensor([int(x) for x in done[0]["levels"]]), shares(done, "test")
     row = {"seeds": [x["seed"] for x in done], "pass@1": interval(test)}
     row |= {name: interval(shares(done, name)) for name in ASKED[1:]}
-    wrong = torch.tensor([x["test"] for x in done]) == 0
-    row["pass@8"] = round(1 - wrong.float().mean().item(), 4)
+    unsolved = torch.tensor([x["test"] for x in done]) == 0
+    row["pass@8"] = round(1 - unsolved.float().mean().item(), 4)
     row["levels"] = {str(i): round(test[:, levels == i].mean().item(), 4) for i in range(1, 7)}
-    for key in ("kl", "entropy", "length", "cut", "tokens_generated", "tokens_trained", "cpu"):
+    for key in ("kl", "entropy", "length", "truncated", "tokens_generated", "tokens_trained", "cpu"):
         if known := [x[key] for x in done if key in x]:
             row[key] = round(sum(known) / len(known), 4)
     stages = done[0].get("stage", {})
@@ -418,7 +439,7 @@ def report(cells, seeds, write):
     if not base.exists():
         measured = {"cell": "base", "seed": 0} | measure(ROOT / "tiny/model")
         base.write_text(json.dumps(measured) + "\n")
-    every = {"base": [json.loads(base.read_text())]}
+    every = {"base": [record_of(base)]}
     every |= {cell: done for cell in cells if (done := read(cell, seeds))}
     rows = {cell: summary(done) for cell, done in every.items()}
     compared = [versus(every, *pair) | {"claim": claim} for claim, _, pairs in CLAIMS for pair in pairs]
@@ -465,17 +486,17 @@ def short(rows):
 
 
 def covered(every):
-    """pass@k, unbiased, of cells that were asked many times; questions with 8 right answers or more."""
+    """pass@k, unbiased, of cells that were asked many times; questions with 8 correct answers or more."""
     ks = [2**i for i in range(MANY_SAMPLES.bit_length())]
     text = [f"| pass@k, k = | {' | '.join(map(str, ks))} | 8 of 64 | seeds |"]
     text += ["|---" * (len(ks) + 3) + "|"]
     for key, more in (("many_test", ""), ("many_harder", ", harder")):
         for cell, done in every.items():
             if some := [x[key] for x in done if key in x]:
-                right = torch.tensor(some)  # [seeds, questions]
-                wrong = [MANY_SAMPLES - c for c in right.flatten().tolist()]
-                line = [1 - sum(comb(w, k) for w in wrong) / comb(MANY_SAMPLES, k) / len(wrong) for k in ks]
-                line += [(right >= 8).float().mean().item()]
+                correct = torch.tensor(some)  # [seeds, questions]
+                missed = [MANY_SAMPLES - c for c in correct.flatten().tolist()]
+                line = [1 - sum(comb(m, k) for m in missed) / comb(MANY_SAMPLES, k) / len(missed) for k in ks]
+                line += [(correct >= 8).float().mean().item()]
                 line = " | ".join(f"{x:.2f}" for x in line)
                 text.append(f"| {cell}{more} | {line} | {len(some)} |")
     return text
@@ -502,8 +523,8 @@ def versus(every, better, worse, number):
     common = sorted(set.intersection(*map(set, found)))
     gain = {"better": better, "worse": worse, "number": number, "seeds": len(common)}
     if common:
-        right = [shares([x[seed] for seed in common], number) for x in found]
-        gain["gain"] = interval(right[0] - right[1] if worse else right[0])
+        share = [shares([x[seed] for seed in common], number) for x in found]
+        gain["gain"] = interval(share[0] - share[1] if worse else share[0])
     return gain
 
 

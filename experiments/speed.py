@@ -2,12 +2,13 @@
 
     pip install "trl==1.16.0" && python experiments/speed.py         # without TRL: ours and generate only
 
-Same model, questions, group size, budget and batch on both sides, on the CPU, one thread and two; the tiny
-model and a random one of 135 M parameters (the shape of SmolLM2-135M). What the latter writes is right if it
-has an odd number of letters, so that every group has both and grpo.py trains on all rows, as TRL does. Every
-measurement is a process of its own and the sides take turns, so that a busy machine is busy for both. What is
-given is the median over turns of the CPU seconds per step, without the first step, and of the peak memory, in
-MiB, above that before the first step; for sampling, of sampled tokens per CPU second.
+Same model, questions, group size, budget and batch on both sides, on the CPU, one thread and two; the
+tiny model and a random one of 135 M parameters (the shape of SmolLM2-135M). A response of the latter
+counts as correct if it has an odd number of letters, so that every group has both and grpo.py trains on
+all rows, as TRL does. Every measurement is a process of its own and the sides take turns, so that a busy
+machine is busy for both. Reported is the median over turns of the CPU seconds per step, without the first
+step, and of the peak memory, in MiB, above that before the first step; for sampling, of sampled tokens
+per CPU second.
 """
 
 import argparse
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 import sft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
+from common.plumbing import models, runs  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
 from experiments.reproduce import insert  # noqa: E402
 
@@ -93,7 +95,7 @@ UNITS = {"sampling": "sampling: tokens/s", "sft": "sft.py: s a step", "grpo": "g
 
 def ours(script, model, size, out):
     questions, group, budget, demonstrations, micro, _, steps, grpo.math_reward = size
-    meter, count = Meter(), tok.steps
+    meter, count = Meter(), runs.steps
 
     def watched(state, last):
         for step in count(state, last):
@@ -101,7 +103,7 @@ def ours(script, model, size, out):
             yield step
         meter.turn()
 
-    tok.steps = watched
+    runs.steps = watched
     flags = f"--model {model} --output-dir {out} --steps {steps} --eval-questions 1 --eval-samples 0"
     flags += f" --save-every 0 --max-new-tokens {budget} --micro-batch-tokens {micro}"
     if script is grpo:
@@ -158,7 +160,7 @@ def trl(kind, model, size, out):
 def sampling(side, model, size):
     """Sampled tokens per CPU second: 512 responses of the tiny model, those of a step of the big one."""
     questions, group, budget, *_ = size
-    net, tokenizer = tok.load_model(model)
+    net, tokenizer = models.load_model(model)
     asked = rows_of(512 // group if size == SIZES["tiny/128"] else questions)
     prompts = tok.encode_prompts(tokenizer, [r["question"] for r in asked]) * group
     stops, rates = tok.stop_ids(tokenizer, net.config), []
@@ -172,7 +174,7 @@ def sampling(side, model, size):
             tokens, mask = tok.pad(some, side="left")
             plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=budget)
             ids = net.generate(tokens, attention_mask=mask, **plain, eos_token_id=stops, pad_token_id=1)
-            responses = [tok.cut(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]
+            responses = [tok.truncate(x, stops, budget) for x in ids[:, tokens.shape[1] :].tolist()]
         rates.append(sum(map(len, responses)) / (time.process_time() - began))
     return {"tokens per second": median(rates[1:])}
 

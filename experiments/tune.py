@@ -1,15 +1,15 @@
-"""Learning rates with equal effort: every method at three or four, on questions that no other table uses.
+"""Learning rates with equal effort: three or four for each method, on questions that no other table uses.
 
     python experiments/tune.py                       # two runs at a time, one thread each
     python experiments/tune.py --report --write      # run nothing: what has been run, into the README
 
-Fixed before the runs: one seed, the rates x / 3, x and 3 x around what the scripts began with; the last 200
-questions of the held-out split (`reproduce.py` asks the first 300), 8 samples each at temperature 1; the rate
-with the highest pass@1 is the one of `reproduce.py`'s cells. A row that is not here has the rate of the one
-that it is a variant of. What came out is experiments/results/tuning.json.
+Fixed before the runs: one seed, the rates x / 3, x and 3 x around what the scripts began with; the last
+200 questions of the held-out split (`reproduce.py` asks the first 300), 8 samples each at temperature 1;
+the rate with the highest pass@1 is the one of `reproduce.py`'s cells. A variant that is not here has the
+learning rate of its method. The results are in experiments/results/tuning.json.
 
-Since then: where 3 x was best, it has become x, and the next rate was run; and x stays where it is within .02
-of the best, about a standard error of one run's pass@1.
+Since then: where 3 x was best, it became x, and the next rate was run; x is kept where it is within .02
+of the best, about one standard error of a run's pass@1.
 """
 
 import json

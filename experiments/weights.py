@@ -56,9 +56,9 @@ def curves(p):
 
     def chosen(logp, entropy):  # beside a rejected response that has not moved; beta = 1 for the scale
         pairs = torch.stack([logp, half], 1).flatten(0, 1)  # adjacent
-        start = torch.stack([half, half], 1).flatten()
+        initial_logp = torch.stack([half, half], 1).flatten()
         args = dpo.parse_args(["--beta", "1"])
-        return dpo.dpo_loss(pairs, start, torch.ones_like(pairs), 1, args)[0]
+        return dpo.dpo_loss(pairs, initial_logp, torch.ones_like(pairs), 1, args)[0]
 
     losses = {"SFT": lambda logp, entropy: sft.sft_loss(logp, mask, 1), "DFT": idft("dft")}
     losses |= {"EAFT": idft("eaft"), "IDFT": idft("idft"), "LUFFY": luffy}

@@ -1,4 +1,4 @@
-"""What the tests share: offline and single-threaded settings, a cut of the tiny world, three small models."""
+"""What the tests share: offline, single-threaded settings, a part of the tiny world, three small models."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-import common.tokenization as tok  # noqa: E402
 import grpo  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
+from common.plumbing import runs as plumbing_runs  # noqa: E402
 
 torch.set_num_threads(1)  # one order of summation: bits can be compared
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(data):
-    """small(name, out, *more): the argument list of a run of seconds; what comes later in it wins."""
+    """small(name, out, *more): the arguments of a run that takes seconds; later ones win."""
 
     def flags(name, out, *more):
         base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --steps 4 --save-every 2"
@@ -77,7 +77,7 @@ def run(small):
 
 @pytest.fixture(scope="session")
 def spawn(small):
-    """spawn(name, out, *more): the script as a user runs it, a process of its own."""
+    """spawn(name, out, *more): the script as a user runs it, in its own process."""
 
     def go(name, out, *more):
         command = [sys.executable, f"{name}.py", *small(name, out, *more)]
@@ -129,8 +129,8 @@ def pad_is_eos(tmp_path_factory):
 
 @contextmanager
 def killed_after(step):
-    """A run ends in its log, when the line of this step has been written."""
-    log = tok.log
+    """The run ends as soon as the line of this step has been logged."""
+    log = plumbing_runs.log
 
     def stop(folder, metrics, *samples):
         log(folder, metrics, *samples)
@@ -138,7 +138,7 @@ def killed_after(step):
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(tok, "log", stop)
+        patch.setattr(plumbing_runs, "log", stop)
         yield
 
 
@@ -161,8 +161,10 @@ def same_weights(a, b, tolerance=0.0):
 
 
 def same_metrics(a, b, but=()):
-    """metrics.jsonl of two runs: every number, but for clocks and memory."""
-    clocks = {"seconds_sample", "seconds_train", "peak_memory", *but}
-    a, b = (read_jsonl(folder / "metrics.jsonl") for folder in (a, b))
-    a, b = ([{k: v for k, v in line.items() if k not in clocks} for line in run] for run in (a, b))
-    assert a == b
+    """Two metrics.jsonl files agree in every number, except times and memory."""
+    ignored = {"seconds_sample", "seconds_train", "peak_memory", *but}
+    kept = []
+    for folder in (a, b):
+        lines = read_jsonl(folder / "metrics.jsonl")
+        kept.append([{k: v for k, v in line.items() if k not in ignored} for line in lines])
+    assert kept[0] == kept[1]

@@ -1,8 +1,9 @@
-"""No script mixes devices: each runs on a GPU that is pretended, where a mixture is the error it would be.
+"""No script mixes devices: each runs on a pretended GPU, where a mixture is the error that it would be.
 
-On a CPU any two tensors go together, so a forgotten `.to(device)` would be seen on a GPU first. Here a tensor
-has a label, the place that it was made for, moved to or computed on, and whatever combines the two labels
-raises, with CUDA's exceptions. What autograd makes has no label and goes with both.
+On a CPU any two tensors can be combined, so a forgotten `.to(device)` would first be seen on a GPU.
+Here a tensor has a label: the device that it was created for, moved to or computed on. What combines
+two labels raises, with the exceptions that CUDA makes. What autograd creates has no label and can be
+combined with both.
 """
 
 import importlib
@@ -14,17 +15,17 @@ from conftest import same_metrics
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import common.tokenization as tok
+from common.plumbing import decoding, models, ranks, runs
 
 FEW = "--steps 1 --eval-questions 2 --eval-samples 1 --max-new-tokens 20"
 GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2 --minibatches 2"
-RUNS = [  # a script and flags that lead through its branches
+RUNS = [  # a script and flags that reach its branches
     ("sft", ""),
     ("rft_rejection", "--questions 16 --k 2 --add-gold --rationalize --rounds 2"),
     ("idft_hinted", ""),
     ("dpo", "--k 4 --pair-questions 24"),
     ("dpo", "--loss simpo --k 4 --pair-questions 24"),
-    ("grpo", f"{GROUP} --skip-dead-groups 1 --overlong-tokens 20 --advantage grpo --loss-norm token"),
+    ("grpo", f"{GROUP} --dynamic-sampling 1 --overlong-tokens 20 --advantage grpo --loss-norm token"),
     ("prefix_rft", GROUP),
     ("prefix_rft", "--prefix-schedule full --prefix-loss all --prefix-weight luffy"),
     ("prefix_rft", "--prefix-loss random --prefix-weight sft --loss-norm sequence"),
@@ -49,7 +50,7 @@ def label(value, place):
 
 
 class Pretend(TorchFunctionMode):
-    """Labels what every torch function gives, after a look at the labels of what it takes."""
+    """Labels what a torch function returns, after checking the labels of its arguments."""
 
     on = True
 
@@ -97,15 +98,16 @@ class Pretend(TorchFunctionMode):
 
 @contextmanager
 def gpu(script):
-    """A GPU on which weights are placed; files are read and written as ever."""
-    mode, place, dice, kernel = Pretend(), tok.placed, tok.dice, script.token_logprobs
+    """A GPU on which weights are placed; files are read and written as before."""
+    mode, place = Pretend(), models.placed
+    generator, kernel = ranks.generator, script.token_logprobs
 
     def placed(model, recompute):
         model = place(model, recompute)
         label([*model.parameters(), *model.buffers()], "cuda")
         return model
 
-    def as_ever(function):
+    def without_labels(function):
         def wrapped(*args, **kwargs):
             with mode.off():
                 return function(*args, **kwargs)
@@ -117,22 +119,24 @@ def gpu(script):
         with mode.off():
             return label(kernel(hidden, weight, targets, temperature), "cuda")
 
-    def dice_of(device):
-        assert device.type == "cuda"  # of the probabilities that it draws from
-        return dice("cpu")
+    def generator_for(device):
+        assert device.type == "cuda"  # where the probabilities are
+        return generator("cpu")
 
     with pytest.MonkeyPatch.context() as patch, mode:
-        patch.setattr(tok, "placed", placed)
-        patch.setattr(tok, "dice", dice_of)
+        patch.setattr(models, "placed", placed)
+        patch.setattr(ranks, "generator", generator_for)
         patch.setattr(script, "token_logprobs", logprobs)
-        for name in ("load_model", "load_scorer", "save_model"):
-            patch.setattr(tok, name, as_ever(getattr(tok, name)))
+        for room, name in ((models, "load_model"), (models, "load_scorer"), (runs, "save_model")):
+            patch.setattr(room, name, without_labels(getattr(room, name)))
+        for pace in (decoding.LOOK, decoding.COLUMNS, decoding.LEAVE):
+            patch.setitem(pace, "cuda", pace["cpu"])  # rows leave at the same step: the same draws
         yield
 
 
 @pytest.mark.parametrize("name, flags", RUNS, ids=[" ".join(x).strip() for x in RUNS])
-def test_a_script_keeps_apart_what_is_on_the_gpu(name, flags, small, tmp_path):
-    """From loading to saving: no labels meet that may not, and the numbers are those of the CPU."""
+def test_a_script_never_mixes_devices(name, flags, small, tmp_path):
+    """From loading to saving no operation mixes labels, and the metrics are those of the CPU."""
     script = importlib.import_module(name)
 
     def run(out):

@@ -1,8 +1,9 @@
-"""DPO and SimPO: printed values, gradients against float64, pairs, the stored start, resume."""
+"""DPO and SimPO: worked examples, float64 gradients, pairs, log-probabilities of pi_0, resuming."""
 
 from math import exp, log
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import ROOT, read_jsonl, same_metrics, same_weights, write_jsonl
 
 import common.tokenization as tok
 import dpo
+from common.plumbing import models, runs
+from common.plumbing.flags import BadInput
 
 KEYS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
@@ -19,11 +22,9 @@ def settings(**changed):
 
 
 def pair(chosen, rejected, lengths):
-    """logp [2, T] with given sums, spread unevenly over responses of given lengths, and the mask."""
-    logp, mask = (
-        torch.full((2, max(lengths) + 3), -7.0, dtype=torch.float64),
-        torch.zeros(2, max(lengths) + 3),
-    )
+    """logp [2, T] with the given sums, spread unevenly over responses of the given lengths; the mask."""
+    logp = torch.full((2, max(lengths) + 3), -7.0, dtype=torch.float64)
+    mask = torch.zeros(2, max(lengths) + 3)
     for i, (total, n) in enumerate(zip((chosen, rejected), lengths)):
         share = torch.arange(1, n + 1, dtype=torch.float64)
         logp[i, 2 : 2 + n], mask[i, 2 : 2 + n] = total * share / share.sum(), 1
@@ -65,8 +66,8 @@ def test_at_the_start_the_weight_is_half_beta(beta):
     assert -logp.grad[1, 2].item() == pytest.approx(-beta / 2)
 
 
-def plain_loss(logp, start, mask, z, args):
-    """The definition in float64, with explicit loops, and its weights."""
+def plain_loss(logp, initial, mask, z, args):
+    """Loss and token weights by the definition, in float64 and with loops."""
     loss, weight = 0.0, np.zeros_like(logp)
     for w in range(0, len(logp), 2):
         rewards, slopes = [], []
@@ -74,7 +75,7 @@ def plain_loss(logp, start, mask, z, args):
             tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
             total, n = sum(logp[i, t] for t in tokens), len(tokens)
             slope = args.beta if args.loss == "dpo" else args.simpo_beta / n
-            rewards.append(args.beta * (total - start[i]) if args.loss == "dpo" else slope * total)
+            rewards.append(args.beta * (total - initial[i]) if args.loss == "dpo" else slope * total)
             slopes.append(slope)
         h = rewards[0] - rewards[1] - (0 if args.loss == "dpo" else args.simpo_margin)
         loss += log(1 + exp(-h)) / z
@@ -87,18 +88,18 @@ def plain_loss(logp, start, mask, z, args):
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_against_float64(kind, seed):
     rng = np.random.default_rng(seed)
-    logp, start = -rng.exponential(1.0, (6, 9)), -rng.exponential(8.0, 6)
+    logp, initial = -rng.exponential(1.0, (6, 9)), -rng.exponential(8.0, 6)
     mask = (np.arange(9) >= 2) & (np.arange(9) < rng.integers(4, 10, (6, 1)))
     args = settings(loss=kind, beta=0.3, simpo_margin=0.7)
-    want, weight = plain_loss(logp, start, mask, 5, args)
+    want, weight = plain_loss(logp, initial, mask, 5, args)
     x = torch.tensor(logp, requires_grad=True)
-    loss, _ = dpo.dpo_loss(x, torch.tensor(start), torch.tensor(mask).long(), 5, args)
+    loss, _ = dpo.dpo_loss(x, torch.tensor(initial), torch.tensor(mask).long(), 5, args)
     loss.backward()
     assert loss.item() == pytest.approx(want, abs=1e-9)
     np.testing.assert_allclose(-x.grad.numpy(), weight, atol=1e-9)
 
 
-def test_a_settled_pair_is_left_alone_and_a_hopeless_one_is_finite():
+def test_the_weight_of_extreme_pairs_is_0_or_beta_and_the_loss_is_finite():
     for chosen, rejected, weight in ((-1.0, -5000.0, 0.0), (-5000.0, -1.0, 1.0)):
         logp, mask = pair(chosen, rejected, (3, 3))
         loss, _ = dpo.dpo_loss(logp, torch.tensor([-1.0, -1.0]), mask, 1, settings(beta=1.0))
@@ -106,51 +107,47 @@ def test_a_settled_pair_is_left_alone_and_a_hopeless_one_is_finite():
         assert torch.isfinite(loss) and -logp.grad[0, 2].item() == pytest.approx(weight, abs=1e-6)
 
 
-# -- pairs and the start ----------------------------------------------------------------------------------
+# -- pairs and the initial policy -------------------------------------------------------------------------
 
 
 def fixed_samples(tokenizer, texts):
-    """A stand-in for `sample`: texts[j] is the whole response to prompt j; one ending in ... has no EOS."""
+    """A stand-in for `sample`: texts[j] is the response to prompt j. One that ends in ... has no EOS."""
     ids = [tok.encode_response(tokenizer, t.removesuffix("...")) for t in texts]
     ids = [x[:-1] if t.endswith("...") else x for x, t in zip(ids, texts)]
     return lambda *_: (ids, [[0.0] * len(x) for x in ids])
 
 
-def test_pairs_are_right_against_wrong_of_one_question(tiny, monkeypatch):
-    import datasets
-
+def test_a_pair_is_a_correct_and_an_incorrect_sample_of_one_question(tiny, monkeypatch):
     model, tokenizer = tiny
     rows = datasets.Dataset.from_dict({"question": ["a", "b", "c"], "gold": ["1", "2", "3"]})
-    box = [  # k = 4 rounds of the three questions
+    texts = [  # k = 4 rounds of the three questions
         *("\\boxed{1}", "\\boxed{2}", "\\boxed{9}"),
         *("x \\boxed{5}", "so \\boxed{2}", "\\boxed{8}"),
         *("\\boxed{1}", "x \\boxed{7}", "\\boxed{9}"),
-        *("y \\boxed{6}", "x \\boxed{7}...", "7 \\boxed{3}..."),  # no end: neither chosen nor rejected
+        *("y \\boxed{6}", "x \\boxed{7}...", "7 \\boxed{3}..."),  # truncated: neither chosen nor rejected
     ]
-    monkeypatch.setattr(dpo, "sample", fixed_samples(tokenizer, box))
+    monkeypatch.setattr(dpo, "sample", fixed_samples(tokenizer, texts))
     args = dpo.parse_args("--k 4".split())
-    pairs, cost = dpo.make_pairs(model, tokenizer, rows, args)
+    pairs, cost = dpo.sample_pairs(model, tokenizer, rows, args)
     assert pairs == [("a", "\\boxed{1}", "x \\boxed{5}"), ("b", "\\boxed{2}", "x \\boxed{7}")]
     assert cost == sum(map(len, dpo.sample()[0]))
-    monkeypatch.setattr(
-        dpo, "sample", fixed_samples(tokenizer, ["\\boxed{1}", "\\boxed{2}", "\\boxed{3}"] * 4)
-    )
-    with pytest.raises(tok.BadInput, match="--k"):
-        dpo.make_pairs(model, tokenizer, rows, args)
+    correct = ["\\boxed{1}", "\\boxed{2}", "\\boxed{3}"] * 4
+    monkeypatch.setattr(dpo, "sample", fixed_samples(tokenizer, correct))
+    with pytest.raises(BadInput, match="--k"):
+        dpo.sample_pairs(model, tokenizer, rows, args)
 
 
-def test_a_preference_set_is_taken_as_it_is(tiny, tmp_path):
+def test_a_preference_set_is_used_as_it_is(tmp_path):
     lines = [{"prompt": f"q{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
     args = dpo.parse_args(["--pairs", write_jsonl(tmp_path / "p.jsonl", lines)])
-    pairs, cost = dpo.make_pairs(*tiny, None, args)
-    assert pairs == [(f"q{i}", f"c{i}", f"r{i}") for i in range(3)] and cost == 0
+    assert dpo.load_pairs(args) == [(f"q{i}", f"c{i}", f"r{i}") for i in range(3)]
     args = dpo.parse_args(["--pairs", write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "q", "chosen": "c"}])])
-    with pytest.raises(tok.BadInput, match="rejected"):
-        dpo.make_pairs(*tiny, None, args)
+    with pytest.raises(BadInput, match="rejected"):
+        dpo.load_pairs(args)
 
 
 def sequence_logp(model, tokenizer, question, text):
-    """log pi(y | x) of one response by itself, from the plain forward pass, EOS included."""
+    """log pi(y | x) of one response from a plain forward pass, EOS included."""
     prompt = tok.encode_prompts(tokenizer, [question])[0]
     ids = torch.tensor([prompt + tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]])
     with torch.no_grad():
@@ -158,39 +155,40 @@ def sequence_logp(model, tokenizer, question, text):
     return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
 
 
-def test_start_log_probabilities_whatever_the_chunks(tiny):
+def test_initial_log_probabilities_for_any_batch_size(tiny):
     pairs = [
         ("What is 2?", "2 \\boxed{2}", "The answer is 3."),
         ("Compute 1 + 1.", "\\boxed{2}", "1 2 3 4 5"),
     ]
     for rows_at_once in (1, 3, 512):
         args = dpo.parse_args(["--sample-rows", str(rows_at_once)])
-        rows = dpo.with_start(*tiny, pairs, args)
+        rows = dpo.with_initial_logp(*tiny, pairs, args)
         assert [r["solution"] for r in rows] == [text for p in pairs for text in p[1:]]
         for row in rows:
             want = sequence_logp(*tiny, row["question"], row["solution"])
-            assert row["start_logp"] == pytest.approx(want, abs=1e-3)
+            assert row["initial_logp"] == pytest.approx(want, abs=1e-3)
 
 
-def test_kl_from_the_start(tiny):
-    """0 for the start itself; for another model, the exact KL of single-token responses."""
+def test_kl_from_the_initial_policy(tiny):
+    """It is 0 for the initial policy, and exact for another model and responses of one token."""
     model, tokenizer = tiny
     args = dpo.parse_args([])
     prompts = tok.encode_prompts(tokenizer, ["Compute 1 + 1."])
-    other = dpo.tok.load_model(f"{ROOT}/tiny/model")[0]
+    other = models.load_model(f"{ROOT}/tiny/model")[0]
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1.3)
         first = [m(torch.tensor(prompts)).logits[0, -1].double().log_softmax(-1) for m in (model, other)]
     words = range(len(first[0]))
 
-    def kl(m, some):  # of responses of one token each, with the start's log-probs on their grid
+    def kl(m, some):
+        """Of responses of one token each, weighted equally."""
         _, mask = tok.join(prompts * len(some), [[i] for i in some])
-        start = tok.align([[first[0][i].item()] for i in some], mask)
-        return dpo.kl_from_start(m, prompts * len(some), [[i] for i in some], start, args).item()
+        initial = tok.align([[first[0][i].item()] for i in some], mask)
+        return dpo.kl_from_initial(m, prompts * len(some), [[i] for i in some], initial, args).item()
 
     assert abs(kl(model, words)) < 1e-6
-    # by enumeration: the mean of k3 under the start's own distribution is the KL
+    # by enumeration: the mean of k3 under pi_0 is the KL
     each = [kl(other, [i]) for i in words]
     exact = (first[0].exp() * (first[0] - first[1])).sum().item()
     assert exact > 1e-3
@@ -224,7 +222,7 @@ def test_a_run(whole):
     assert first["loss"] == pytest.approx(log(2), abs=1e-4)  # before any update: h = 0
     assert all(abs(first[key]) < 1e-3 for key in KEYS[:3])
     late = lines[3:]
-    assert sum(x["reward_margin"] for x in late) > 0.1 and lines[-1]["kl"] > 0  # it moves, the right way
+    assert sum(x["reward_margin"] for x in late) > 0.1 and lines[-1]["kl"] > 0  # margins and KL grow
     assert sum(x["loss"] for x in late) / len(late) < first["loss"]
 
 
@@ -235,18 +233,18 @@ def test_an_interrupted_run_resumes_with_the_same_bits_and_samples_nothing(
     class Killed(Exception):
         pass
 
-    log_line = tok.log
+    log = runs.log
 
     def dies(out, metrics, samples=()):
         if metrics["step"] == stop + 1:
             raise Killed
-        log_line(out, metrics, samples)
+        log(out, metrics, samples)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tok, "log", dies)
+        m.setattr(runs, "log", dies)
         train(tmp_path / "run")
     with monkeypatch.context() as m:
-        m.setattr(dpo, "make_pairs", None)  # would be a TypeError
+        m.setattr(dpo, "sample_pairs", None)  # would be a TypeError
         train(tmp_path / "run", "--resume")
     same_metrics(whole, tmp_path / "run")
     same_weights(whole / "final", tmp_path / "run" / "final")

@@ -1,4 +1,4 @@
-"""Degenerate equalities: settings under which two methods, or two ways to compute one, must be the same."""
+"""Equalities: settings under which two methods, or two computations of one, must agree."""
 
 import pytest
 import torch
@@ -7,14 +7,19 @@ from conftest import SCRIPTS, read_jsonl, same_metrics, same_weights
 import common.tokenization as tok
 import grpo
 import sft
+from common.plumbing import models
 
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in double precision: rounding differs by 1e-12, and Adam cannot enlarge it."""
-    load = tok.load_model
-    double = lambda *args: (load(*args)[0].double(), load(*args)[1])  # noqa: E731
-    monkeypatch.setattr(tok, "load_model", double)
+    """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""
+    load = models.load_model
+
+    def double(*args):
+        model, tokenizer = load(*args)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(models, "load_model", double)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -22,7 +27,7 @@ def float64(monkeypatch):
 
 
 QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
-DENSE = ["--overlong-tokens", 40]  # rewards differ by length, too: few groups without a gradient
+DENSE = ["--overlong-tokens", 40]  # rewards differ by length too: few groups have zero variance
 
 
 def gradients(model):
@@ -34,7 +39,7 @@ def gradients(model):
 GRPO_FLAGS = {
     "default": "--steps 2".split(),
     "several updates, KL, resampling": (
-        "--epochs-per-batch 2 --minibatches 2 --kl-coef 0.1 --skip-dead-groups 2 --overlong-tokens 10 "
+        "--epochs-per-batch 2 --minibatches 2 --kl-coef 0.1 --dynamic-sampling 2 --overlong-tokens 10 "
         "--advantage grpo --loss-norm token --steps 2 --eval-samples 0"
     ).split(),
 }
@@ -52,14 +57,14 @@ def test_prefix_rft_without_prefixes_is_grpo_bit_for_bit(run, tmp_path, flags):
 
 
 def test_prefix_rft_without_demonstrations_is_grpo(run, tmp_path):
-    """Questions that have no demonstration have G ordinary rollouts."""
+    """A question without a demonstration has G ordinary completions."""
     a = run("grpo", tmp_path / "grpo", "--steps", 2, *DENSE, *QUICK)
     b = run("prefix_rft", tmp_path / "prefix_rft", "--steps", 2, "--demo-fraction", 0, *DENSE, *QUICK)
     same_weights(a / "final", b / "final")
 
 
 def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):
-    """The equality above says something: with its defaults the run is another one."""
+    """The equality above is not trivial: with the defaults the runs differ."""
     a = run("grpo", tmp_path / "grpo", "--steps", 1, *QUICK)
     b = run("prefix_rft", tmp_path / "prefix_rft", "--steps", 1, *QUICK)
     assert read_jsonl(b / "metrics.jsonl")[1]["prefix_frac"] > 0.2
@@ -69,14 +74,14 @@ def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):
 
 @pytest.fixture
 def demonstrations(data, tiny):
-    """(tokens, mask) of eight demonstrations of unlike lengths."""
+    """(tokens, mask) of eight demonstrations of different lengths."""
     rows, tokenizer = read_jsonl(f"{data}/train.jsonl")[:8], tiny[1]
     prompts = tok.encode_prompts(tokenizer, [row["question"] for row in rows])
     return tok.join(prompts, [tok.encode_response(tokenizer, row["solution"]) for row in rows])
 
 
 def test_grpo_on_demonstrations_with_ratio_and_advantage_one_is_sft(tiny, demonstrations):
-    """Same gradient of every weight: a demonstration is a rollout of advantage 1, divided by all tokens."""
+    """Every gradient is the same: a demonstration is a completion with advantage 1, Z counts all tokens."""
     (model, _), (tokens, mask), args = tiny, demonstrations, grpo.parse_args([])
     model.zero_grad()
     sft.sft_loss(sft.logprobs(model, tokens, mask, 1.0)[0], mask, mask.sum()).backward()
@@ -92,7 +97,7 @@ def test_grpo_on_demonstrations_with_ratio_and_advantage_one_is_sft(tiny, demons
 
 
 def test_gradient_is_that_of_the_plain_cross_entropy(tiny, demonstrations):
-    """What everyone writes: logits, shifted labels, -100 outside the response; from another code path."""
+    """The usual code: logits of the whole model, shifted labels, -100 outside the response."""
     (model, _), (tokens, mask) = tiny, demonstrations
     model.zero_grad()
     sft.sft_loss(sft.logprobs(model, tokens, mask, 1.0)[0], mask, mask.sum()).backward()
@@ -107,9 +112,9 @@ def test_gradient_is_that_of_the_plain_cross_entropy(tiny, demonstrations):
     model.zero_grad()
 
 
-# ---- how a batch is cut changes nothing ------------------------------------------------------------------
+# ---- how a batch is split changes nothing ----------------------------------------------------------------
 
-CUTS = {
+SPLITS = {
     "sft": ["sft"],
     "grpo, sequence": ["grpo", "--loss-norm", "sequence"],
     "grpo, token": ["grpo", "--loss-norm", "token"],
@@ -119,9 +124,9 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("flags", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("flags", SPLITS.values(), ids=SPLITS)
 def test_micro_batches_of_one_row_are_one_batch(run, tmp_path, float64, flags):
-    """1 x 8 = 8 x 1: a mean of micro-batches' means, or a Z of the micro-batch, gives other weights."""
+    """A mean of the micro-batches' means, or a Z of the micro-batch, would give other weights."""
     name, *more = flags
     more += DENSE * (name != "sft") + ["--steps", 1, *QUICK]
     a = run(name, tmp_path / "whole", "--micro-batch-tokens", 10**6, *more)
@@ -133,19 +138,20 @@ def test_micro_batches_of_one_row_are_one_batch(run, tmp_path, float64, flags):
             assert x[key] == pytest.approx(y[key], rel=1e-9), key
 
 
-def test_dead_rows_skipped_or_not(run, tmp_path, float64, monkeypatch):
-    """Rows without advantage are not run through the model, and stay in Z: the weights are the same."""
+def test_rows_without_advantage_skipped_or_not(run, tmp_path, float64, monkeypatch):
+    """Rows without advantage skip the forward pass but count in Z: the weights are the same."""
     more = [*DENSE, "--steps", 3, "--loss-norm", "token", *QUICK]
     a = run("grpo", tmp_path / "skipped", *more)
-    split, join, inverse_z, whole = tok.split_by_tokens, tok.join, grpo.inverse_z, []
+    micro_batches, join, inverse_z = tok.micro_batches, tok.join, grpo.inverse_z
+    whole = []  # tokens and mask of the latest batch
 
     def remember(*args):
         whole[:] = [join(*args)]
         return whole[0]
 
     monkeypatch.setattr(tok, "join", remember)
-    monkeypatch.setattr(tok, "split_by_tokens", lambda mask, rows, n: split(whole[0][1], rows, n))
-    monkeypatch.setattr(grpo, "inverse_z", lambda mask, *how: inverse_z(whole[0][1], *how))  # all rows
+    monkeypatch.setattr(tok, "micro_batches", lambda mask, *more: micro_batches(whole[0][1], *more))
+    monkeypatch.setattr(grpo, "inverse_z", lambda mask, *how: inverse_z(whole[0][1], *how))
     b = run("grpo", tmp_path / "all", *more)
     same_weights(a / "final", b / "final", 1e-9)
     a, b = (read_jsonl(folder / "metrics.jsonl")[1:] for folder in (a, b))
@@ -155,9 +161,9 @@ def test_dead_rows_skipped_or_not(run, tmp_path, float64, monkeypatch):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_weight_learns(name, run, tmp_path):
-    """After two steps each tensor of the model has moved: no detached part, no weight frozen by mistake."""
+    """After two steps every tensor of the model has changed: nothing is detached or frozen by mistake."""
     more = DENSE * (name != "sft")
     out = run(name, tmp_path / name, *more, "--steps", 2, *QUICK)
-    before, after = (tok.load_model(str(f))[0].state_dict() for f in ("tiny/model", out / "final"))
-    still = [name for name in before if torch.equal(before[name], after[name])]
-    assert not still
+    before, after = (models.load_model(str(f))[0].state_dict() for f in ("tiny/model", out / "final"))
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    assert not unchanged

@@ -1,4 +1,4 @@
-"""Blanks are noticed, the scripts' own lines are right, wrong ones are wrong; no mark is out of date."""
+"""Blanks are noticed, the lines of the scripts are correct, others are incorrect; no mark is stale."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_a_blank_is_open(name, verdicts):
 
 @pytest.mark.parametrize("script", exercise.EXERCISES)
 def test_blank_siblings_do_not_matter(script, verdicts):
-    assert exercise.verdict(verdicts[f"solved {script}"][1]) == "right"
+    assert exercise.verdict(verdicts[f"solved {script}"][1]) == "correct"
 
 
 def test_no_sibling_gives_a_solution_away():
@@ -53,35 +53,37 @@ def test_no_sibling_gives_a_solution_away():
     assert "surrogate = " not in files["prefix_rft.py"] and "def draw_prefix" in files["prefix_rft.py"]
 
 
-def test_the_script_itself_is_right(verdicts):
+def test_the_script_itself_is_correct(verdicts):
     status, seen = verdicts["whole"]
-    assert status == 0 and exercise.verdict(seen) == "right"
+    assert status == 0 and exercise.verdict(seen) == "correct"
     ran = {re.sub(r"\[.*", "", node) for node, *_ in seen}
     assert ran == {re.sub(r"\[.*", "", test) for _, mark in MARKS.values() for test in mark["tests"]}
 
 
 def test_fill_in(tmp_path, capsys, monkeypatch):
-    """Written once, never overwritten; right spans are told from wrong ones."""
+    """Written once, never overwritten; correct spans are told from incorrect ones."""
     out = tmp_path / "dpo"
     unwritten = [["test", "call", "failed", "NotImplementedError"]]
     monkeypatch.setattr(exercise, "run", lambda jobs: {name: (1, unwritten) for name in jobs})
     assert not exercise.main(["dpo", "--out", str(out)])
     first = capsys.readouterr().out
-    assert "with 2 blanks" in first and first.count("\nopen   ") == 2 and "next: cd" in first
+    assert not (out / "docs").exists()  # the pages and the notebook show solutions
+    assert "with 2 blanks" in first and first.count("\nopen      ") == 2 and "next: cd" in first
     text = (out / "dpo.py").read_text()
     assert text.count("NotImplementedError") == 2 and "def dpo_loss" in text
     whole = (ROOT / "dpo.py").read_text()
-    wrong = whole.replace("delta.exp() - delta - 1", "delta.exp() - delta")
+    wrong = whole.replace("log_ratio.exp() - log_ratio - 1", "log_ratio.exp() - log_ratio")
     assert wrong != whole
     (out / "dpo.py").write_text(wrong)
     monkeypatch.setattr(exercise, "run", run)
     assert not exercise.main(["dpo", "--out", str(out)])
     again = capsys.readouterr().out
-    assert "written" not in again and "right  dpo_loss" in again and "wrong  kl_from_start" in again
+    assert "written" not in again and "correct   dpo_loss" in again
+    assert "incorrect kl_from_initial" in again
 
 
 def test_find_the_bug(tmp_path, capsys, monkeypatch):
-    """The line is planted, not named; that its test tells the two files apart is what test_zoo.py shows."""
+    """The line is not named. That its test fails on the bug is what test_zoo.py shows."""
     out, bug, whole = tmp_path / "bug", BUGS["k3-reversed"], (ROOT / "grpo.py").read_text()
     command = ["bug", "--seed", str(list(BUGS).index("k3-reversed")), "--out", str(out)]
     status = lambda: int((out / "grpo.py").read_text() != whole)  # noqa: E731

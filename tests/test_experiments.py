@@ -39,20 +39,20 @@ def test_the_bootstrap_resamples_seeds_and_questions():
 
 def test_the_draws_of_two_methods_are_the_same():
     """Paired: a method that is better by the same on every question is better by that in every draw."""
-    right = torch.rand(3, 50)
-    assert (reproduce.draws(right + 0.25) - reproduce.draws(right)).sub(0.25).abs().max() < 1e-6
-    mean, low, high = reproduce.interval(right)
+    correct = torch.rand(3, 50)
+    assert (reproduce.draws(correct + 0.25) - reproduce.draws(correct)).sub(0.25).abs().max() < 1e-6
+    mean, low, high = reproduce.interval(correct)
     assert low < mean < high
 
 
-def test_one_number_a_run_has_students_interval():
+def test_one_number_per_run_has_students_interval():
     """Of 1, 2, 3, 4, 5 the mean is 3, the standard error sqrt(2.5 / 5), t(4) = 2.776."""
     got = reproduce.interval(torch.arange(1.0, 6)[:, None])
     assert got == pytest.approx([3, 3 - 1.963, 3 + 1.963], abs=1e-3)
 
 
 def test_many_samples_are_compared_on_the_seeds_that_were_asked():
-    """4 of 64 are a right answer, and less than 8."""
+    """4 of 64 are a correct answer, and fewer than 8."""
     every = {"base": [run_of(0, 0)], "sft": [run_of(seed, 4) for seed in range(5)]}
     del every["sft"][0]["many_harder"]
     for number, gain in (("pass@64", 0.5), ("pass@64, harder", 0.5), ("8 of 64, harder", 0)):
@@ -67,10 +67,10 @@ def test_the_claims_are_about_cells():
             assert {better, worse} <= {"base", None, *reproduce.CELLS} and number in numbers
 
 
-def run_of(seed, right, **more):
+def run_of(seed, correct, **more):
     levels = [1 + i % 6 for i in range(300)]
-    asked = {split: [right] * n for split, (n, _) in reproduce.SPLITS.items()} | {"test_greedy": [1] * 300}
-    many = {name: [0] * 50 + [right] * 50 for name, _ in reproduce.OF_MANY.values()}
+    asked = {split: [correct] * n for split, (n, _) in reproduce.SPLITS.items()} | {"test_greedy": [1] * 300}
+    many = {name: [0] * 50 + [correct] * 50 for name, _ in reproduce.OF_MANY.values()}
     return {"seed": seed, "levels": levels} | many | asked | more
 
 
@@ -109,7 +109,7 @@ def test_the_lead_of_a_prefix_is_over_the_completions_without_one():
     assert reproduce.lead_lost({"curve": curve, "args": [{"group_size": 4}]}) == pytest.approx(0.4)
 
 
-def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
+def test_pass_at_k_is_the_probability_of_a_correct_one_among_k():
     every = {"base": [run_of(0, 32)], "sft": [run_of(seed, 64) for seed in (0, 1)]}
     every["sft"][0]["many_harder"] = [64] * 25 + [4] * 25 + [64] * 50
     *_, base, sft = reproduce.covered(every)
@@ -117,12 +117,19 @@ def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
     assert sft.startswith("| sft, harder | 0.63 | 0.64 | ") and sft.endswith(" | 0.75 | 0.62 | 2 |")
 
 
+def test_a_record_is_read_with_the_names_of_today(tmp_path):
+    """Records up to 0.1.0 are not rewritten; who reads one finds today's flags and keys."""
+    (tmp_path / "x.json").write_text('{"command": "--skip-dead-groups 3", "skip_dead_groups": 3, "cut": 0}')
+    today = {"command": "--dynamic-sampling 3", "dynamic_sampling": 3, "truncated": 0}
+    assert reproduce.record_of(tmp_path / "x.json") == today
+
+
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "experiments/results/cells").glob("*.json")), ids=lambda p: p.stem
 )
 def test_a_cell_is_what_the_command_of_today_would_run(file):
     """A changed command or default makes its records those of another method."""
-    record = json.loads(file.read_text())
+    record = reproduce.record_of(file)
     assert file.stem == reproduce.name_of(record["cell"], record["seed"])
     assert record["cell"] == "base" or record["command"] == reproduce.CELLS[record["cell"]]
     for part, args in zip(record.get("command", "").split(" && "), record.get("args", [])):
@@ -166,7 +173,7 @@ def test_ppo_and_the_readme_promise_what_was_measured():
 
 
 def promised(file, number, gain):
-    assert f"tiny world, 2 cores, minutes: {number} {' -> '.join(gain)}\n" in (ROOT / file).read_text()
+    assert f" on 2 CPU cores: {number} {' -> '.join(gain)}\n" in (ROOT / file).read_text()
     row = next(line for line in README.splitlines() if line.startswith(f"| [`{file}`]"))
     assert " → ".join(gain) in row
 
@@ -203,11 +210,11 @@ def test_the_readme_has_the_speeds_that_were_measured():
 
 
 @pytest.mark.parametrize("at_3x, taken", [(0.515, 2e-4), (0.53, 6e-4)])
-def test_a_rate_is_left_for_one_that_is_clearly_better(at_3x, taken):
+def test_a_learning_rate_changes_only_for_a_clearly_better_one(at_3x, taken):
     assert tune.best({"grpo": {"x / 3": 0.4, "x": 0.5, "3 x": at_3x}}, "grpo") == taken
 
 
-def test_a_method_runs_at_the_rate_that_was_best():
+def test_a_method_runs_at_the_best_learning_rate():
     records = json.loads(tune.RECORDS.read_text())
     assert "<!-- tuning -->\n" + "\n".join(tune.table(records)) + "\n<!-- /tuning -->" in README
     for cell in records:

@@ -1,7 +1,7 @@
 """What can go wrong around a run: kill -9, signals, NaN, full disks, bad input, hostile files.
 
-Runs are children of this process by fork: no imports, exact moments, and a real death. KILLS=30 pytest
-tests/test_faults.py kills every script at thirty random moments instead of one.
+Runs are forked children of this process: no imports, exact moments, and a real death.
+KILLS=30 pytest tests/test_faults.py kills every script at thirty random moments instead of one.
 """
 
 import ast
@@ -26,8 +26,10 @@ from tqdm import tqdm
 from transformers import MambaConfig, MambaForCausalLM
 
 import common.tokenization as tok
+from common.plumbing import data as plumbing_data
+from common.plumbing import folders, models, runs
 
-MORE = {  # beside BASE: what makes a run of a second with every stage in it
+MORE = {  # beside BASE: a run of about a second with every stage in it
     "sft": "",
     "rft_rejection": "--k 3 --questions 6 --rounds 2 --steps 2",
     "idft_hinted": "--max-new-tokens 40",
@@ -42,12 +44,12 @@ KILLS = int(os.environ.get("KILLS", 1))
 
 
 @pytest.fixture(scope="module")
-def flags(data):
-    """flags(name, out, *more): the argument list of a run of about a second; what comes later in it wins."""
-    model, tokenizer = tok.load_model(ROOT / "tiny/model")  # imported and cached here, for all children
+def arguments(data):
+    """arguments(name, out, *more): the arguments of a run of about a second; later ones win."""
+    model, tokenizer = models.load_model(ROOT / "tiny/model")  # imported and cached here, for all children
     tok.encode_prompts(tokenizer, ["?"])
     for split in ("train", "test"):
-        tok.load_split(data, split, {})
+        plumbing_data.load_split(data, split, {})
 
     def make(name, out, *more):
         base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --warmup-steps 0 {BASE}"
@@ -56,19 +58,18 @@ def flags(data):
     return make
 
 
-def fork(log, script, flags, before=lambda: None):
-    """main() of a script in a child process; its pid. What it says is in the file `log`."""
+def fork(log, script, arguments, before=lambda: None):
+    """Run main() of a script in a child process and return its pid; its output is in the file `log`."""
     pid = os.fork()
     if pid:
         return pid
     status = 70
     try:
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own one is in shared memory, where a killed child would hold it
+        # tqdm's own lock is in shared memory: a killed child would hold it forever
+        tqdm.set_lock(threading.RLock())
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         before()
-        script.main(script.parse_args(flags))
+        script.main(script.parse_args(arguments))
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -84,12 +85,12 @@ def status(pid):
 
 
 @pytest.fixture(scope="module")
-def child(flags, tmp_path_factory):
-    """child(name, out, *more, before=...): exit status and what was said."""
+def child(arguments, tmp_path_factory):
+    """child(name, out, *more, before=...): exit status and output."""
     folder = tmp_path_factory.mktemp("said")
 
     def go(name, out, *more, before=lambda: None):
-        end = status(fork(folder / name, SCRIPTS[name], flags(name, out, *more), before))
+        end = status(fork(folder / name, SCRIPTS[name], arguments(name, out, *more), before))
         return end, (folder / name).read_text()
 
     return go
@@ -99,10 +100,11 @@ CALLS = 0  # of functions so far, counted by sys.setprofile: a clock that does n
 
 
 def count(until=None, total=None):
-    """From when the folder is there, count calls; kill this process at call number `until`.
+    """Count calls as soon as the run folder exists, and kill this process at call number `until`.
 
-    `total`: a file for their number at the end."""
-    open_folder, exit_ = tok.open_folder, os._exit
+    `total`: a file for their number at the end.
+    """
+    open_folder, exit_ = folders.open_folder, os._exit
 
     def watch(frame, event, arg):
         global CALLS
@@ -114,7 +116,7 @@ def count(until=None, total=None):
         open_folder(*args)
         sys.setprofile(watch)
 
-    tok.open_folder = opened
+    folders.open_folder = opened
     if total:
         os._exit = lambda code: (Path(total).write_text(str(CALLS)), exit_(code))
 
@@ -148,17 +150,17 @@ def same_run(a, b):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(name, whole, child, tmp_path):
-    """Sampling, training, between two files of a checkpoint: wherever, however often."""
+    """While it samples, while it trains, between two files of a checkpoint; once or twice."""
     finished, total = whole(name)
-    dice, reached = random.Random(name), []
+    generator, reached = random.Random(name), []
     for i in range(KILLS):
-        out, left = tmp_path / f"run{i}", KILLS > 2 and dice.random() < 0.3  # some die twice
-        moment = dice.randint(1, total)
+        out, left = tmp_path / f"run{i}", KILLS > 2 and generator.random() < 0.3  # some die twice
+        moment = generator.randint(1, total)
         end, said = child(name, out, before=lambda m=moment: count(m))
         assert end == -signal.SIGKILL or (end == 0 and moment > 0.95 * total), said  # a bar counts time, too
-        reached.append(len(tok.checkpoints(out)))
+        reached.append(len(folders.checkpoints(out)))
         if left:
-            child(name, out, "--resume", before=lambda m=moment: count(dice.randint(m // 2, m)))
+            child(name, out, "--resume", before=lambda m=moment: count(generator.randint(m // 2, m)))
         end, said = child(name, out, "--resume")
         assert end == 0, f"killed at call {moment} of {total}: {said}"
         same_run(out, finished)
@@ -168,7 +170,7 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_bits(name, whole, ch
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_in_the_middle_of_a_checkpoint(name, whole, child, tmp_path):
-    """With half a file on the disk; of rft_rejection.py that of the second round's samples."""
+    """Half a file is on the disk; for rft_rejection.py in the checkpoint after the second round's samples."""
     out, left = tmp_path / "run", [{"rft_rejection": 4}.get(name, 2)]
 
     def before():
@@ -187,10 +189,9 @@ def test_killed_in_the_middle_of_a_checkpoint(name, whole, child, tmp_path):
     assert end == -signal.SIGKILL and list(out.glob("*.half")), said
     lines = (out / "metrics.jsonl").read_text()
     end, said = child(name, out, "--resume")
-    assert end == 0 and "begins anew" not in said, said
-    assert (
-        out / "metrics.jsonl"
-    ).read_text() != lines  # a step that was logged, but not saved, is made again
+    assert end == 0 and "starts again" not in said, said
+    # a step that was logged but not saved is repeated
+    assert (out / "metrics.jsonl").read_text() != lines
     same_run(out, whole(name)[0])
 
 
@@ -199,22 +200,22 @@ def test_killed_in_the_middle_of_a_checkpoint(name, whole, child, tmp_path):
 
 @pytest.mark.parametrize("name, number", [*((n, signal.SIGTERM) for n in SCRIPTS), ("sft", signal.SIGINT)])
 def test_a_signal_ends_a_run_after_its_step(name, number, whole, child, tmp_path):
-    """In the middle of step 1: it is finished and saved; --resume goes on."""
+    """In the middle of step 1: the step is finished and saved, and --resume continues."""
     out, logged = tmp_path / "run", []
 
     def hit():
-        log = tok.log
+        log = runs.log
 
         def once(folder, metrics, *samples):
             if metrics["step"] == 1 and "lr" in metrics and not logged:
                 logged.append(os.kill(os.getpid(), number))
             log(folder, metrics, *samples)
 
-        tok.log = once
+        runs.log = once
 
     end, said = child(name, out, before=hit)  # SIGTERM: 143, SIGINT: 130
     assert end == 128 + number and "Traceback" not in said and "stopped after step 1" in said, said
-    assert [path.name for path in tok.checkpoints(out)] == ["checkpoint-000001"]
+    assert [path.name for path in folders.checkpoints(out)] == ["checkpoint-000001"]
     assert read_jsonl(out / "metrics.jsonl")[-1]["step"] == 1 and not (out / "final").exists()
     end, said = child(name, out, "--resume")
     assert end == 0, said
@@ -222,31 +223,32 @@ def test_a_signal_ends_a_run_after_its_step(name, number, whole, child, tmp_path
 
 
 def test_a_signal_after_the_decision_to_save_ends_the_next_step():
-    """Else a run would leave without a checkpoint, and under torchrun one rank without the others."""
+    """Otherwise a run would end without a checkpoint, and under torchrun one rank without the others."""
     state, saved = {"step": 0, "stop": 0, "leave": 0, "faults": 0}, []
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        for step in tok.steps(state, 5):
-            saved += [step] if tok.due(state, 0) else []
+        for step in runs.steps(state, 5):
+            if runs.due(state, 0):
+                saved.append(step)
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert saved == [3] and stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_signals_to_a_process(spawn, tmp_path):
-    """As a user: Ctrl-C and kill while it trains; no traceback in either."""
+    """Ctrl-C and kill while it trains; neither prints a traceback."""
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         out = tmp_path / str(code)
         process = spawn("sft", out, "--steps", 5000, "--save-every", 1)
         deadline = time.time() + 240
-        while not tok.checkpoints(out) and process.poll() is None and time.time() < deadline:
+        while not folders.checkpoints(out) and process.poll() is None and time.time() < deadline:
             time.sleep(0.001)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == code and "Traceback" not in stderr, stderr
         assert "stopped after step" in stderr
         step = read_jsonl(out / "metrics.jsonl")[-1]["step"]
-        assert [path.name for path in tok.checkpoints(out)] == [f"checkpoint-{step:06}"]
+        assert [path.name for path in folders.checkpoints(out)] == [f"checkpoint-{step:06}"]
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------
@@ -254,14 +256,14 @@ def test_signals_to_a_process(spawn, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
-    name, flags, tmp_path, monkeypatch, capsys
+    name, arguments, tmp_path, monkeypatch, capsys
 ):
-    """NaN in the loss of steps 2, 4, 5 and 6: counted, no weight moved; what is left can be continued."""
+    """NaN in the loss of steps 2, 4, 5 and 6: counted, no weight changes, and the run can be continued."""
     script, out, now, model, seen = SCRIPTS[name], tmp_path / "run", [0], [], []
-    open_run, steps, logprobs = tok.open_run, tok.steps, script.logprobs
+    open_run, steps, logprobs = runs.open_run, runs.steps, script.logprobs
 
     def watched(state, last):
-        seen.clear()  # rlhf_ppo.py counts the steps of its reward model, too
+        seen.clear()  # rlhf_ppo.py also counts the steps of its reward model
         for now[0] in steps(state, last):
             yield now[0]
             seen.append(torch.cat([p.detach().view(-1).clone() for p in model[0].parameters()]))
@@ -270,8 +272,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
         bad = torch.is_grad_enabled() and now[0] in (2, 4, 5, 6)
         return tuple(x * float("nan") if bad else x for x in logprobs(*args))
 
-    monkeypatch.setattr(tok, "open_run", lambda args: model.append((run := open_run(args))[2]) or run)
-    monkeypatch.setattr(tok, "steps", watched)
+    def opened(args):
+        run = open_run(args)
+        model.append(run[2])
+        return run
+
+    monkeypatch.setattr(runs, "open_run", opened)
+    monkeypatch.setattr(runs, "steps", watched)
     monkeypatch.setattr(script, "logprobs", faulty)
     more = ("--steps", 7, "--rounds", 1) if name == "rft_rejection" else ("--steps", 7, "--save-every", 0)
     # groups of 8: some group of each step has to have a gradient
@@ -280,20 +287,20 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
         "rlhf_ppo": ("--epochs-per-batch", 1),
     }.get(name, ())
     with pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args(flags(name, out, *more)))
+        script.main(script.parse_args(arguments(name, out, *more)))
     [said] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 2 and "error: step 6: the gradient is not finite in three" in said
     lines = [line for line in read_jsonl(out / "metrics.jsonl") if "skipped" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 4]
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[4])
-    assert not torch.equal(seen[1], seen[2])  # step 3 trains as if nothing had been
-    [checkpoint] = tok.checkpoints(out)
+    assert not torch.equal(seen[1], seen[2])  # step 3 trains as usual
+    [checkpoint] = folders.checkpoints(out)
     assert checkpoint.name == "checkpoint-000006"
-    saved = tok.load_model(checkpoint)[0].parameters()
+    saved = models.load_model(checkpoint)[0].parameters()
     assert torch.equal(torch.cat([p.detach().view(-1) for p in saved]), seen[2])
     now[0] = 0
-    monkeypatch.setattr(tok, "steps", steps)
-    script.main(script.parse_args(flags(name, out, *more, "--resume")))
+    monkeypatch.setattr(runs, "steps", steps)
+    script.main(script.parse_args(arguments(name, out, *more, "--resume")))
     last = read_jsonl(out / "metrics.jsonl")[-1]
     assert last["step"] == 7 and last["skipped"] == 4 and last["loss"] == last["loss"]
 
@@ -303,12 +310,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
 
 @pytest.mark.parametrize("megabytes", [2, 5])  # the weights have 3.7, the state with Adam's moments has 7.3
 @pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_a_full_disk_leaves_the_last_checkpoint_whole(name, megabytes, whole, child, tmp_path):
-    """No file may grow above the limit, in a run that resumes from step 1: one sentence, and nothing half."""
+def test_a_full_disk_leaves_the_last_checkpoint_complete(name, megabytes, whole, child, tmp_path):
+    """A run is resumed at step 1, and no file may exceed a limit: one sentence, and nothing incomplete."""
     out = tmp_path / "run"
 
     def stop():
-        tok.due = lambda state, every: state.update(leave=15) or True
+        runs.due = lambda state, every: state.update(leave=15) or True
 
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 10**6, resource.RLIM_INFINITY))
@@ -318,9 +325,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(name, megabytes, whole, ch
     end, said = child(name, out, "--resume", before=full)
     assert end == 2 and "Traceback" not in said, said
     [line] = [line for line in said.splitlines() if "error: " in line]
-    assert "checkpoint-00000" in line and f"whole checkpoint: {out}/checkpoint-000001" in line, line
+    assert "checkpoint-00000" in line and f"last complete checkpoint: {out}/checkpoint-000001" in line, line
     assert {path: path.read_bytes() for path in (out / "checkpoint-000001").iterdir()} == before
-    assert not list(out.glob("*.half")) and tok.checkpoints(out) == [out / "checkpoint-000001"]
+    assert not list(out.glob("*.half")) and folders.checkpoints(out) == [out / "checkpoint-000001"]
     end, said = child(name, out, "--resume")
     assert end == 0, said
     same_run(out, whole(name)[0])
@@ -342,32 +349,34 @@ def test_a_log_that_cannot_be_written_is_one_sentence(child, tmp_path):
     assert end == 2 and "Traceback" not in said and "metrics.jsonl cannot be written ([Errno 28]" in said
 
 
-def test_too_little_space_is_said_before_anything_is_moved(flags, tmp_path, monkeypatch, capsys):
+def test_too_little_space_is_reported_before_anything_is_moved(arguments, tmp_path, monkeypatch, capsys):
     out, sft = tmp_path / "run", SCRIPTS["sft"]
     out.mkdir()
     (out / "metrics.jsonl").write_text("mine")
     usage = shutil._ntuple_diskusage(10**9, 10**9, 10**7)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match="0.0 GiB free, two checkpoints take 0.0 GiB") as stop:
-        sft.main(sft.parse_args(flags("sft", out)))
+        sft.main(sft.parse_args(arguments("sft", out)))
     assert stop.value.code == 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
     assert (out / "metrics.jsonl").read_text() == "mine"
-    free = shutil._ntuple_diskusage(
-        10**9, 10**9, 8 * sum(p.nbytes for p in tok.load_model(ROOT / "tiny/model")[0].parameters())
-    )
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)  # two checkpoints take 6, with a critic 12
+    model, _ = models.load_model(ROOT / "tiny/model")
+    enough = 8 * sum(p.nbytes for p in model.parameters())  # two checkpoints take 6, with a critic 12
+    usage = shutil._ntuple_diskusage(10**9, 10**9, enough)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     ppo = SCRIPTS["rlhf_ppo"]
-    sft.main(sft.parse_args(flags("sft", out)))
+    sft.main(sft.parse_args(arguments("sft", out)))
     with pytest.raises(SystemExit, match="two checkpoints take 0.0 GiB"):
-        ppo.main(ppo.parse_args(flags("rlhf_ppo", tmp_path / "ppo")))
+        ppo.main(ppo.parse_args(arguments("rlhf_ppo", tmp_path / "ppo")))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------
 
 DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft")
-BAD = {  # flags: what the sentence says, and of which scripts
+NO_COLUMN = "the data has no such column, only question, answer"
+NO_TEXT = "--question-key question is empty or not a string"
+BAD = {  # flags: what the sentence says, and in which scripts
     "--model nowhere/at-all": "--model nowhere/at-all cannot be loaded",
-    "--model {data}": "it has to be a folder or hub name with config.json",
+    "--model {data}": "it must be a folder or hub name with config.json",
     "--data nowhere/at-all": "--data nowhere/at-all: no data file, folder or hub name",
     "--data {empty_folder}": "empty_folder: no data file, folder or hub name",
     "--eval-data nowhere/at-all": "--eval-data nowhere/at-all",
@@ -377,19 +386,19 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--data {broken}": "broken.jsonl: train cannot be read",
     "--data {uneven}": "uneven.csv: train cannot be read (Error tokenizing data. C error: Expected 3 fields",
     "--data {binary}": "binary.parquet",
-    "--data {one} ": "one row cannot be trained on and held out",
-    "--question-key questoin": "--question-key questoin: no such column in {data}, only question, answer",
-    "--solution-key solutoin": ("--solution-key solutoin: no such column", DEMONSTRATIONS),
+    "--data {one} ": "one row cannot be both trained on and held out",
+    "--question-key questoin": f"--question-key questoin: {NO_COLUMN}",
+    "--solution-key solutoin": (f"--solution-key solutoin: {NO_COLUMN}", DEMONSTRATIONS),
     "--answer-key {nothing} --solution-key {nothing}": (
         "--answer-key x, --solution-key x: no such column",
         ("grpo", "dpo"),
     ),
     "--split trian": "no split trian, only",
     "--eval-split tset": "no split tset, only",
-    "--data {blank} --eval-data {data}": "blank.jsonl, train, row 1: --question-key question holds no text",
-    "--data {null} --eval-data {data}": "null.jsonl, train, row 1: --question-key question holds no text",
-    "--data {number} --eval-data {data}": "number.jsonl, train, row 0: --question-key question holds no text",
-    "--eval-data {number}": "number.jsonl, train, row 0: --question-key question holds no text",
+    "--data {blank} --eval-data {data}": f"blank.jsonl, train, row 1: {NO_TEXT}",
+    "--data {null} --eval-data {data}": f"null.jsonl, train, row 1: {NO_TEXT}",
+    "--data {number} --eval-data {data}": f"number.jsonl, train, row 0: {NO_TEXT}",
+    "--eval-data {number}": f"number.jsonl, train, row 0: {NO_TEXT}",
     "--data {no_demo} --eval-data {data}": ("row 1: --solution-key solution ", ("sft", "idft_hinted")),
     "--data {number_demo} --eval-data {data}": ("row 0: --solution-key solution", DEMONSTRATIONS),
     "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", "grpo", "prefix_rft")),
@@ -399,21 +408,21 @@ BAD = {  # flags: what the sentence says, and of which scripts
     "--max-new-tokens 2040": ("train, row 0: ", ("sft", "grpo", "prefix_rft", "rlhf_ppo")),
     "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
     "--prompt-template Solve": "--prompt-template: the model would not see the question",
-    "--temperature 0": "--temperature 0.0: must be at least 0.001",
-    "--max-grad-norm 0": "--max-grad-norm 0.0: must be above 0",
+    "--temperature 0": "--temperature 0: must be at least 0.001",
+    "--max-grad-norm 0": "--max-grad-norm 0: must be above 0",
     "--lr inf": "--lr inf: must be a finite number",
-    "--minibatches 7": ("--minibatches 7: a step has 6 completions only", ("grpo", "prefix_rft", "rlhf_ppo")),
+    "--minibatches 7": ("--minibatches 7: a step has only 6 completions", ("grpo", "prefix_rft", "rlhf_ppo")),
     "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
     "--max-demo-tokens 19": (
         "--max-demo-tokens 19: less than --max-new-tokens",
         ("rft_rejection", "dpo"),
     ),
     "--max-demo-tokens 39": ("--max-demo-tokens 39: less than --max-new-tokens", ("idft_hinted",)),
-    "--kl-target 5 --kl-coef 0": ("--kl-target: what it steers", ("rlhf_ppo",)),
+    "--kl-target 5 --kl-coef 0": ("--kl-target 5.0: it adapts --kl-coef multiplicatively", ("rlhf_ppo",)),
     "--base nowhere/at-all": ("--base nowhere/at-all cannot be loaded", ("rft_rejection",)),
     "--base {wide}": ("its weights have other shapes than those of --model", ("rft_rejection",)),
     "--pairs nowhere/at-all": ("--pairs nowhere/at-all: no data file", ("dpo",)),
-    "--pairs {one}": ("column prompt: prompt: no such column", ("dpo",)),
+    "--pairs {one}": (f"column prompt: prompt: {NO_COLUMN}", ("dpo",)),
     "--preferences nowhere/at-all": ("--preferences nowhere/at-all: no data file", ("rlhf_ppo",)),
     "--reward-model nowhere/at-all": ("--reward-model nowhere/at-all cannot be loaded", ("rlhf_ppo",)),
     "--resume": "--resume: there is no checkpoint in ",
@@ -423,10 +432,10 @@ BAD = {  # flags: what the sentence says, and of which scripts
 }  # fmt: skip
 BAD_MODELS = {
     "no_eos": "its tokenizer has no EOS; set eos_token",
-    "cut": "cannot be loaded",
+    "truncated": "cannot be loaded",
     "lacks": "lacks weights (model.layers.",
-    "nan": "model.norm.weight holds NaN or inf",
-    "template": "its chat template takes no question",
+    "nan": "model.norm.weight contains NaN or inf",
+    "template": "its chat template does not accept a question",
     "no_tokenizer": "cannot be loaded",
     "recurrent": "sampling needs attention in all its layers",
 }
@@ -434,7 +443,7 @@ BAD_MODELS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data):
-    """Names in braces of BAD: files and folders with something wrong."""
+    """The names in braces in BAD: files and folders with something wrong."""
     folder = tmp_path_factory.mktemp("bad")
     good = {"question": "a?", "answer": "1", "solution": "1"}
     rows = {
@@ -465,7 +474,7 @@ def files(tmp_path_factory, data):
 
 
 def refused(script, argv, capsys):
-    """The one line that a run answers bad input with."""
+    """The one line that a run prints on bad input."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main(script.parse_args(argv))
@@ -489,50 +498,90 @@ def earlier(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_bad_input_is_answered_by_one_sentence(name, flags, files, earlier, capsys):
+def test_bad_input_gets_one_sentence(name, arguments, files, earlier, capsys):
     """Exit status 2, one line on stderr that names flag, file or row; an earlier run stays as it is."""
     before = tree(earlier.parent)
     for given, expected in BAD.items():
         words, which = expected if isinstance(expected, tuple) else (expected, SCRIPTS)
         if name in which:
-            said = refused(SCRIPTS[name], flags(name, earlier, *given.format(**files).split()), capsys)
+            said = refused(SCRIPTS[name], arguments(name, earlier, *given.format(**files).split()), capsys)
             assert words.replace("{data}", files["data"]) in said, (given, said)
             assert tree(earlier.parent) == before, given
 
 
 def test_bad_input_of_a_process(spawn, files, tmp_path):
-    """The libraries under it say nothing of their own."""
+    """The libraries underneath print nothing of their own."""
     process = spawn("sft", tmp_path / "run", "--data", files["broken"])
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 2 and stderr.startswith("error: --data ") and not stdout
     assert len(stderr.splitlines()) == 1, stderr
 
 
+BOUNDS = {  # flag: the last values that are accepted, as text; None: none that matters
+    "seed": ("0", None),
+    "steps": ("0", "999999"),
+    "lr": ("0", "1"),
+    "batch_size": ("1", None),
+    "micro_batch_tokens": ("1", None),
+    "max_new_tokens": ("1", None),
+    "sample_rows": ("1", None),
+    "temperature": ("0.001", None),
+    "eval_questions": ("1", None),
+    "eval_samples": ("0", None),
+    "max_demo_tokens": ("1", None),
+    "rounds": ("1", None),
+    "pair_questions": ("1", None),
+    "preference_questions": ("1", None),
+    "reward_epochs": ("1", None),
+    "reward_lr": ("0", "1"),
+    "group_size": ("2", None),
+    "clip_low": ("0", "1"),
+    "epochs_per_batch": ("1", None),
+    "minibatches": ("1", None),
+    "prefix_decay_steps": ("1", None),
+    "prefix_entropy_keep": ("0", "1"),
+    "demo_fraction": ("0", "1"),
+    "lam": ("0", "1"),
+    "no_eos_score": ("-1e9", None),
+    ("dpo", "k"): ("1", None),  # in rft_rejection.py 0 with --add-gold
+}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_number_out_of_range_is_named(name, flags, earlier, capsys):
-    """Every flag that is a number, in every script: one below its least value, and NaN where it may be."""
-    numbers = {k: v for k, v in vars(SCRIPTS[name].parse_args([])).items() if type(v) in (int, float)}
+def test_a_number_out_of_range_is_named(name, arguments, earlier, capsys):
+    """Every flag that is a number: nothing is below its bound or above it, NaN and infinity included."""
+    script = SCRIPTS[name]
+    numbers = {k: v for k, v in vars(script.parse_args([])).items() if type(v) in (int, float)}
     assert {"lr", "batch_size", "max_new_tokens", "seed", "eval_samples"} <= numbers.keys()
     for key, default in numbers.items():
         flag = "--" + key.replace("_", "-")
-        bad = [tok.LEAST.get(key, 0) - 1] + [tok.MOST.get(key, 0) + 1] * (key in tok.MOST)
-        bad += ["nan", "inf"] if isinstance(default, float) else ["1" + 400 * "0"]  # no float holds it
-        for value in bad:
-            said = refused(SCRIPTS[name], flags(name, earlier, f"{flag}={value}"), capsys)
-            assert said.startswith(f"error: {flag} {value}"), said
+        least, most = BOUNDS.get((name, key)) or BOUNDS.get(key, ("0", None))
+        step = 1 if isinstance(default, int) else 1e-4
+        bad = ["nan", "inf"] if isinstance(default, float) else ["1.5", "1" + 400 * "0"]
+        if key != "no_eos_score":
+            bad.append(f"{type(default)(least) - step}")
+        if most:
+            bad.append(f"{type(default)(most) + step}")
+        for value in [*bad, "-1e31", "many"]:
+            said = refused(script, arguments(name, earlier, f"{flag}={value}"), capsys)
+            assert said.startswith(f"error: {flag} {value}: must be "), said
+        for value in filter(None, (least, most)):
+            if (key, value) != ("max_grad_norm", "0"):  # must be above it
+                given = getattr(script.parse_args([f"{flag}={value}"]), key)
+                assert given == float(value), f"{flag} {value} is refused"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_unknown_flag_or_word_is_named(name, flags, tmp_path, capsys):
+def test_an_unknown_flag_or_word_is_named(name, arguments, tmp_path, capsys):
     for more in ("--learning-rate 1", "--batch-size many", "--dtype fp16", "--schedule"):
         with pytest.raises(SystemExit) as stop:
-            SCRIPTS[name].parse_args(flags(name, tmp_path, *more.split()))
+            SCRIPTS[name].parse_args(arguments(name, tmp_path, *more.split()))
         assert stop.value.code == 2 and more.split()[0] in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Names of BAD_MODELS: copies of the embedded model with one thing broken."""
+def broken_models(tmp_path_factory):
+    """The names in BAD_MODELS: copies of the embedded model with one thing broken."""
     root = tmp_path_factory.mktemp("models")
     made = {name: shutil.copytree(ROOT / "tiny/model", root / name) for name in BAD_MODELS}
     (made["no_tokenizer"] / "tokenizer.json").unlink()
@@ -541,10 +590,10 @@ def models(tmp_path_factory):
     settings = json.loads((made["no_eos"] / "tokenizer_config.json").read_text())
     (made["no_eos"] / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
     (made["template"] / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    file = made["cut"] / "model.safetensors"
+    file = made["truncated"] / "model.safetensors"
     file.write_bytes(file.read_bytes()[: 10**6])
     for name, change in (("nan", "model.norm.weight"), ("lacks", None)):
-        weights, _ = tok.load_model(ROOT / "tiny/model")
+        weights, _ = models.load_model(ROOT / "tiny/model")
         state = weights.state_dict()
         state.pop("lm_head.weight")
         if change:
@@ -555,13 +604,13 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 @pytest.mark.parametrize("kind", BAD_MODELS)
-def test_a_broken_model_folder_is_refused(name, kind, models, flags, earlier, capsys):
-    said = refused(SCRIPTS[name], flags(name, earlier, "--model", models[kind]), capsys)
-    assert said.startswith(f"error: --model {models[kind]}") and BAD_MODELS[kind] in said
+def test_a_broken_model_folder_is_refused(name, kind, broken_models, arguments, earlier, capsys):
+    said = refused(SCRIPTS[name], arguments(name, earlier, "--model", broken_models[kind]), capsys)
+    assert said.startswith(f"error: --model {broken_models[kind]}") and BAD_MODELS[kind] in said
     assert (earlier / "metrics.jsonl").read_text() == "mine"
 
 
-def cut_file(path):
+def halve(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -575,46 +624,46 @@ class Trap:
         return os.system, (self.command,)
 
 
-BAD_RESUMES = {  # what is done to a finished run: what the sentence says
-    "state cut": (lambda c: cut_file(c / "state.pt"), "state.pt is damaged"),
+BAD_RESUMES = {  # damage to a finished run: what the sentence says
+    "state truncated": (lambda c: halve(c / "state.pt"), "state.pt is damaged"),
     "state gone": (lambda c: (c / "state.pt").unlink(), "state.pt is damaged"),
     "state is a trap": (
         lambda c: (c / "state.pt").write_bytes(pickle.dumps(Trap(c.parent / "sprung"))),
         "is damaged",
     ),
-    "weights cut": (lambda c: cut_file(c / "model.safetensors"), "--resume {c} cannot be loaded"),
+    "weights truncated": (lambda c: halve(c / "model.safetensors"), "--resume {c} cannot be loaded"),
     "weights gone": (lambda c: (c / "model.safetensors").unlink(), "--resume {c} cannot be loaded"),
     "config gone": (lambda c: (c / "config.json").unlink(), "--resume {c} cannot be loaded"),
-    "log shorter": (lambda c: cut_file(c.parent / "metrics.jsonl"), "metrics.jsonl has lost lines"),
+    "log shorter": (lambda c: halve(c.parent / "metrics.jsonl"), "metrics.jsonl has lost lines"),
 }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_damaged_checkpoint_or_other_arguments_do_not_resume(name, whole, flags, tmp_path, capsys):
-    """And the damaged folder stays for whoever wants to mend it."""
+def test_a_damaged_checkpoint_or_other_arguments_do_not_resume(name, whole, arguments, tmp_path, capsys):
+    """The damaged folder stays as it is, so that it can be repaired."""
     for kind, (damage, words) in BAD_RESUMES.items():
         out = shutil.copytree(whole(name)[0], tmp_path / kind.replace(" ", "_"))
-        [checkpoint] = tok.checkpoints(out)
+        [checkpoint] = folders.checkpoints(out)
         damage(checkpoint)
         before = tree(out)
-        said = refused(SCRIPTS[name], flags(name, out, "--resume"), capsys)
+        said = refused(SCRIPTS[name], arguments(name, out, "--resume"), capsys)
         assert words.format(c=checkpoint) in said, (kind, said)
         assert tree(out) == before and not (out / "sprung").exists()
         shutil.rmtree(out)
     out = whole(name)[0]
     for more in ("--lr 1e-5", "--seed 1", "--batch-size 1 --eval-samples 1", "--model elsewhere"):
         changed = ", ".join(word[2:].replace("-", "_") for word in more.split() if word.startswith("--"))
-        said = refused(SCRIPTS[name], flags(name, out, "--resume", *more.split()), capsys)
+        said = refused(SCRIPTS[name], arguments(name, out, "--resume", *more.split()), capsys)
         assert set(changed.split(", ")) == set(said.split(": ")[2].split(" differ")[0].split(", ")), said
 
 
 @pytest.mark.parametrize("name, more", [("rft_rejection", "--add-gold"), ("idft_hinted", ""), ("grpo", "")])
-def test_a_gold_that_does_not_parse_is_no_other_argument(name, more, flags, data, tmp_path):
-    """It is counted while rows are loaded, in some scripts after a run has begun."""
+def test_a_gold_that_does_not_parse_is_not_another_argument(name, more, arguments, data, tmp_path):
+    """Such golds are counted while rows are loaded, in some scripts after a run has started."""
     rows = read_jsonl(f"{data}/train.jsonl")[:12]
     write_jsonl(tmp_path / "x.jsonl", [rows[0] | {"answer": "\\frac{"}, *rows[1:]])
     script, out = SCRIPTS[name], tmp_path / "run"
-    argv = flags(name, out, "--data", tmp_path / "x.jsonl", "--eval-data", data, *more.split())
+    argv = arguments(name, out, "--data", tmp_path / "x.jsonl", "--eval-data", data, *more.split())
     script.main(script.parse_args(argv))
     shutil.rmtree(out / "final")
     script.main(script.parse_args([*argv, "--resume"]))
@@ -622,34 +671,32 @@ def test_a_gold_that_does_not_parse_is_no_other_argument(name, more, flags, data
 
 
 def test_every_line_of_the_log_is_strict_json(tmp_path):
-    """NaN and infinity are Python's; what cannot be said as a number is null."""
-    tok.log(
-        tmp_path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "phi_own": torch.tensor(1.5)}
-    )
+    """JSON has no NaN and no infinity: they become null."""
+    runs.log(tmp_path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "phi": torch.tensor(1.5)})
     text = (tmp_path / "metrics.jsonl").read_text()
     line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert line["loss"] is line["grad_norm"] is None and line["phi_own"] == 1.5
+    assert line["loss"] is line["grad_norm"] is None and line["phi"] == 1.5
 
 
-def test_a_run_without_checkpoint_begins_anew_with_the_same_arguments_only(flags, tmp_path, capsys):
+def test_a_run_without_checkpoint_starts_again_only_with_the_same_arguments(arguments, tmp_path, capsys):
     out = tmp_path / "run"
     sft = SCRIPTS["sft"]
-    sft.main(sft.parse_args(flags("sft", out, "--steps", 1, "--save-every", 0)))
-    said = refused(sft, flags("sft", out, "--steps", 1, "--save-every", 0, "--resume"), capsys)
+    sft.main(sft.parse_args(arguments("sft", out, "--steps", 1, "--save-every", 0)))
+    said = refused(sft, arguments("sft", out, "--steps", 1, "--save-every", 0, "--resume"), capsys)
     assert "there is no checkpoint" in said  # a finished one
     shutil.rmtree(out / "final")
-    said = refused(sft, flags("sft", out, "--steps", 2, "--save-every", 0, "--resume"), capsys)
+    said = refused(sft, arguments("sft", out, "--steps", 2, "--save-every", 0, "--resume"), capsys)
     assert "--resume: steps differ" in said
-    sft.main(sft.parse_args(flags("sft", out, "--steps", 1, "--save-every", 0, "--resume")))
-    assert "begins anew" in capsys.readouterr().out and (out / "final").exists()
+    sft.main(sft.parse_args(arguments("sft", out, "--steps", 1, "--save-every", 0, "--resume")))
+    assert "starts again" in capsys.readouterr().out and (out / "final").exists()
     same_metrics(out, tmp_path / "run.1")
 
 
 # ---- what others have written ----------------------------------------------------------------------------
 
 
-def test_nothing_in_a_data_folder_is_executed(flags, earlier, data, tmp_path, capsys):
-    """A loading script is refused; Python beside the data is not looked at; nor is text a template."""
+def test_nothing_in_a_data_folder_is_executed(arguments, earlier, data, tmp_path, capsys):
+    """A loading script is refused; Python files beside the data are ignored; text is not a template."""
     mark, sft = tmp_path / "sprung", SCRIPTS["sft"]
     code = f"import os\nos.system('touch {mark}')\n"
     with_script, beside = tmp_path / "harmless", tmp_path / "beside"
@@ -658,26 +705,26 @@ def test_nothing_in_a_data_folder_is_executed(flags, earlier, data, tmp_path, ca
     (with_script / "harmless.py").write_text(code)
     (beside / "conftest.py").write_text(code)
     (beside / "__init__.py").write_text(code)
-    said = refused(sft, flags("sft", earlier, "--data", with_script), capsys)
+    said = refused(sft, arguments("sft", earlier, "--data", with_script), capsys)
     assert "scripts are no longer supported" in said
     trap = (
         "{{ ''.__class__ }} {0.__class__} ${HOME} __import__('os').system('touch " + f"{mark}') \\boxed{{1}}"
     )
     rows = read_jsonl(beside / "train.jsonl")
     write_jsonl(beside / "train.jsonl", [row | {"question": trap, "solution": trap} for row in rows])
-    sft.main(sft.parse_args(flags("sft", tmp_path / "out", "--data", beside, "--steps", 1)))
-    tokenizer = tok.load_model(ROOT / "tiny/model")[1]
+    sft.main(sft.parse_args(arguments("sft", tmp_path / "out", "--data", beside, "--steps", 1)))
+    tokenizer = models.load_model(ROOT / "tiny/model")[1]
     assert trap in tokenizer.decode(tok.encode_prompts(tokenizer, [trap])[0])
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/train.pkl").write_bytes(pickle.dumps(Trap(mark)))
-    refused(sft, flags("sft", earlier, "--data", tmp_path / "pickled"), capsys)
+    refused(sft, arguments("sft", earlier, "--data", tmp_path / "pickled"), capsys)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("kind", ["remote code", "remote code of a known type", "remote tokenizer", "pickle"])
-def test_nothing_in_a_model_folder_is_executed(name, kind, flags, earlier, tmp_path, capsys, monkeypatch):
-    """auto_map is refused or ignored, a pickled weight file is not opened; nobody is asked y/N."""
+def test_nothing_in_a_model_folder_is_executed(name, kind, arguments, earlier, tmp_path, capsys, monkeypatch):
+    """auto_map is refused or ignored, pickled weights are not read, and nobody is asked y/N."""
     mark, folder = tmp_path / "sprung", shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
     (folder / "evil.py").write_text(f"import os\nos.system('touch {mark}')\nclass Model: ...\n")
@@ -695,23 +742,25 @@ def test_nothing_in_a_model_folder_is_executed(name, kind, flags, earlier, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if "known" not in kind:
-        said = refused(SCRIPTS[name], flags(name, earlier, "--model", folder), capsys)
+        said = refused(SCRIPTS[name], arguments(name, earlier, "--model", folder), capsys)
         assert f"--model {folder} cannot be loaded" in said and "weights in .safetensors" in said
     elif name in ("sft", "grpo"):
-        SCRIPTS[name].main(SCRIPTS[name].parse_args(flags(name, earlier, "--model", folder, "--steps", 0)))
+        SCRIPTS[name].main(
+            SCRIPTS[name].parse_args(arguments(name, earlier, "--model", folder, "--steps", 0))
+        )
     assert not mark.exists()
 
 
-def test_the_trap_springs_where_it_is_touched(tmp_path):
-    """What the tests above plant is real."""
+def test_the_trap_works(tmp_path):
+    """The code that the tests above plant would be executed."""
     torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "file")
     torch.load(tmp_path / "file", weights_only=False)
     assert (tmp_path / "sprung").exists()
 
 
 def test_sources_load_nothing_that_could_run():
-    """No trust_remote_code, no pickle, no eval in scripts and common."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+    """No trust_remote_code, no pickle, no eval in scripts and in common/."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")]:
         text = path.read_text()
         calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         names = {f.id for f in calls if isinstance(f, ast.Name)}

@@ -1,4 +1,4 @@
-"""What only a GPU shows: the kernels as compiled, every script in both dtypes, the CPU's numbers."""
+"""What only a GPU shows: the compiled kernels, every script in both dtypes, agreement with the CPU."""
 
 import importlib
 import math
@@ -15,20 +15,47 @@ from test_logprob import BOUND, check, inputs
 import common.tokenization as tok
 import grpo
 import sft
+from common.plumbing import models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 WIDE = [(1000, 128, 479), (2000, 576, 49152), (777, 896, 32003), (3000, 1536, 151936)]  # tokens, D, V
+
+
+def bound(dtype, d):
+    """The allowed error of logp and entropy for hidden states of width d, relative to the logit scale.
+
+    fp32: the d products of a logit are added with rounding to nearest, so errors cancel and grow as
+    sqrt(d). Measured is 0.7 sqrt(d) 2**-24 at most, which is below BOUND up to d = 2000.
+    bf16: a tensor core adds 16 products at a time and truncates each sum, always toward 0, so errors
+    add up and grow as d. Each of the d / 16 additions loses 2**-24 of a partial sum on average, and
+    partial sums are on average half of a large logit: in all d / 16 * 2**-25 = d * 2**-29. In logp the
+    target's logit and the largest one may have opposite signs, which doubles it. Measured on an H100
+    is 0.4 to 0.5 of d * 2**-28, d from 128 to 4096; logits of torch's own GEMM lose as much.
+    """
+    return BOUND if dtype == torch.float32 else max(BOUND, d * 2.0**-28)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_the_compiled_kernels_against_float64(shape, dtype):
     args = [x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs(*shape, dtype, ignore=0.2)]
-    check(args, 0.7, BOUND, BOUND if dtype == torch.float32 else 4e-3)
+    check(args, 0.7, bound(dtype, shape[1]), BOUND if dtype == torch.float32 else 4e-3)
 
 
 def on_cpu(patch):
+    """Run on the CPU of a machine with a GPU."""
     patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_peak_memory_on_the_cpu_of_a_machine_with_a_gpu():
+    """In a new process, in which CUDA has not been initialised."""
+    lines = [
+        "import torch",
+        "torch.cuda.is_available = lambda: False",
+        "from common.plumbing import runs",
+        "assert runs.peak_memory() > 10**6",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
 
 
 def test_greedy_responses_are_the_cpu_s(monkeypatch):
@@ -38,7 +65,7 @@ def test_greedy_responses_are_the_cpu_s(monkeypatch):
         with monkeypatch.context() as patch:
             if place == "cpu":
                 on_cpu(patch)
-            model, tokenizer = tok.load_model("tiny/model")
+            model, tokenizer = models.load_model(str(ROOT / "tiny/model"))
             assert model.device.type == place
             prompts = tok.encode_prompts(tokenizer, questions)
             responses, logps = grpo.sample(model, tokenizer, prompts, 0.0, args)
@@ -50,7 +77,7 @@ def test_greedy_responses_are_the_cpu_s(monkeypatch):
 
 
 def test_supervised_steps_are_the_cpu_s(small, tmp_path, monkeypatch):
-    """Same rows, same order: the metrics and weights of four steps, but for rounding."""
+    """The same rows in the same order: metrics and weights of four steps agree up to rounding."""
     args = sft.parse_args(small("sft", tmp_path / "cuda"))
     sft.main(args)
     with monkeypatch.context() as patch:
@@ -61,17 +88,17 @@ def test_supervised_steps_are_the_cpu_s(small, tmp_path, monkeypatch):
         for key in ("loss", "entropy", "grad_norm"):
             assert x[key] == pytest.approx(y[key], rel=1e-3), key
     a, b = (weights(tmp_path / place / "final") for place in ("cuda", "cpu"))
-    moved = max((a[k] - p).abs().max().item() for k, p in weights("tiny/model").items())
-    assert (
-        max((a[k] - b[k]).abs().max().item() for k in a) < 0.1 * moved
-    )  # AdamW moves a tiny gradient by lr, too
+    start = weights(ROOT / "tiny/model")
+    moved = max((a[name] - p).abs().max().item() for name, p in start.items())
+    # AdamW moves a weight by about lr even if its gradient is tiny
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 0.1 * moved
 
 
 TWO = """
 import runpy, sys, torch
 import torch.distributed as dist
 begin = dist.init_process_group
-dist.init_process_group = lambda kind, **more: begin("gloo", **more)  # NCCL wants a GPU for each
+dist.init_process_group = lambda kind, **more: begin("gloo", **more)  # NCCL needs a GPU per rank
 torch.cuda.set_device = lambda number: None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -80,7 +107,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 def test_two_ranks_share_a_gpu(name, small, tmp_path):
-    """As many ranks as there are GPUs cannot be tested here; what they exchange can, on the GPU's tensors."""
+    """One GPU cannot show a rank per GPU, but it shows what ranks exchange: tensors on a GPU."""
     (tmp_path / "two.py").write_text(TWO)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     argv = [*launch, tmp_path / "two.py", f"{name}.py", *small(name, tmp_path / "run")]
@@ -94,7 +121,7 @@ def test_two_ranks_share_a_gpu(name, small, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name, flags", RUNS, ids=[" ".join(x).strip() for x in RUNS])
 def test_a_script_runs_and_resumes(name, flags, dtype, small, tmp_path):
-    """Every number of every line is finite, in training something moves, and half a run goes on."""
+    """All numbers of all lines are finite, there is a gradient, and an interrupted run resumes."""
     script, out = importlib.import_module(name), tmp_path / "run"
     argv = small(name, out, "--dtype", dtype, *flags.split(), "--gradient-checkpointing")
     with killed_after(3):  # of four steps, with a checkpoint after two

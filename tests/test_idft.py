@@ -1,4 +1,4 @@
-"""IDFT and hinted decoding: printed values, gradients against float64, decoding against a plain loop, SFT."""
+"""IDFT and hinted decoding: worked examples, float64 gradients, decoding against a plain loop, SFT."""
 
 import shutil
 from types import SimpleNamespace
@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 import common.tokenization as tok
 import idft_hinted as idft
 import sft
+from common.plumbing import runs
 from tiny.world import HINT
-
-NAMES = {"weight": "idft"}
 
 
 def settings(weight):
@@ -46,7 +45,7 @@ def test_values_of_worked_examples(logits, y, phi, as_sft, as_dft, as_idft, as_e
 
 
 def plain(logits, y, mask, z, kind):
-    """Loss and its gradient in the logits, float64, from the definition: the weight is a constant."""
+    """Loss and gradient by the logits in float64, from the definition: the weight is a constant."""
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     loss, gradient = 0.0, np.zeros_like(logits)
@@ -66,7 +65,7 @@ def plain(logits, y, mask, z, kind):
 @pytest.mark.parametrize("kind", ["sft", "dft", "eaft", "idft"])
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_against_float64(kind, seed):
-    """The gradient runs through the logits: neither p^gamma nor H may let any through."""
+    """The gradient goes through log p alone: neither through p^gamma nor through H."""
     rng = np.random.default_rng(seed)
     logits, y, mask = rng.normal(0, 2, (3, 5, 7)), rng.integers(0, 7, (3, 5)), rng.random((3, 5)) < 0.7
     want, gradient = plain(logits, y, mask, 11, kind)
@@ -89,8 +88,8 @@ def test_gamma_0_is_sft_and_gamma_1_is_dft():
     assert torch.equal(loss["dft"], -(logp.exp() * logp * mask).sum() / 8)
 
 
-def test_phi_has_mean_zero_on_own_samples_and_only_there(tiny):
-    """The sum over a response, as the self-check prints it; colder samples are above, hotter ones below."""
+def test_phi_has_mean_zero_on_on_policy_samples_only(tiny):
+    """Samples of a lower temperature have a mean above 0, those of a higher one below."""
     args = idft.parse_args(["--max-new-tokens", "60"])
     questions = ["Compute 3 + 4.", "Ann has 3 coins, gets 4. How many coins?"] * 200
     prompts = tok.encode_prompts(tiny[1], questions)
@@ -119,14 +118,14 @@ def test_mixture_of_a_worked_example():
     torch.testing.assert_close(rows[1], ((1 - lam) * log_p + lam * log_q)[0], atol=1e-4, rtol=0)
 
 
-def test_an_uncertain_hinted_stream_gives_way_altogether():
+def test_with_an_uncertain_hinted_stream_the_student_decides_alone():
     log_p, log_q = torch.zeros(1, 4).log_softmax(-1), torch.tensor([[3.0, 1, 0, 0]]).log_softmax(-1)
-    for beta in (1.0, 50.0):  # lam stops at 1
+    for beta in (1.0, 50.0):  # lam is at most 1
         torch.testing.assert_close(idft.mixture(log_p, log_q, beta), log_q)
 
 
 def plain_decoding(model, tokenizer, hinted, student, beta, budget):
-    """One pair of prompts, without a cache and without a batch; the likeliest token of m at every step."""
+    """One pair of prompts without cache and batch: the most likely token of m at every step."""
     out, stops = [], tok.stop_ids(tokenizer, model.config)
     with torch.no_grad():
         for t in range(budget):
@@ -145,7 +144,7 @@ def plain_decoding(model, tokenizer, hinted, student, beta, budget):
 
 @pytest.fixture(scope="module")
 def contexts(tiny):
-    """Prompts of both contexts; the demonstrations are of another question, so that the streams disagree."""
+    """Prompts of both contexts. The demonstrations belong to other questions, so the streams disagree."""
     rows = read_jsonl(ROOT / "tiny/data/test.jsonl")[:4]
     hints = [
         HINT.format(question=row["question"], solution=other["solution"])
@@ -156,43 +155,57 @@ def contexts(tiny):
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_rewrite_against_a_plain_loop(tiny, contexts, beta, monkeypatch):
-    """Caches, left padding, finished rows and chunks change nothing."""
+    """Caches, left padding, finished rows and batches change nothing."""
     args = idft.parse_args(f"--beta {beta} --max-new-tokens 20 --sample-rows 3".split())
-    monkeypatch.setattr(torch, "multinomial", lambda m, n, generator: m.argmax(-1, keepdim=True))
+    # without noise the most likely token is drawn
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator: x.fill_(1.0))
     got = idft.rewrite(*tiny, *contexts, args)
     want = [plain_decoding(*tiny, h, s, beta, 20) for h, s in zip(*contexts)]
     assert got == want
-    assert len({len(x) for x in want}) > 1  # rows do finish at different steps
-    if beta == 3:  # the mixture is not one of its streams
+    assert len({len(x) for x in want}) > 1  # rows finish at different steps
+    if beta == 3:  # the mixture differs from the hinted stream
         assert want != [plain_decoding(*tiny, h, s, 0.0, 20) for h, s in zip(*contexts)]
 
 
+HINTED, STUDENT = 301, 302  # the only token of a prompt in either context
+
+
 class Fixed(torch.nn.Module):
-    """A model of constant logits: hinted and student rows are told apart by their first real token."""
+    """A model whose logits depend on the context and on the number of tokens written.
+
+    Its keys are the token ids, so it finds its context in the cache, as attention would.
+    """
 
     device = torch.device("cpu")
 
     def __init__(self, config, hinted, student):
         super().__init__()
-        self.config, self.table = config, torch.stack([student, hinted])
+        self.config, self.hinted, self.student = config, hinted, student
 
-    def forward(self, ids, attention_mask, **_):
-        if not hasattr(self, "which") or ids.shape[1] > 1:
-            self.which = (ids == 301).any(1).long()
-        which = self.which[torch.arange(len(ids)) * len(self.which) // len(ids)]
-        return SimpleNamespace(logits=self.table[which][:, None])
+    def forward(self, ids, position_ids, past_key_values, **_):
+        keys = ids[:, None, :, None].float()  # [B, heads, T, D]
+        for layer in range(self.config.num_hidden_layers):
+            seen, _ = past_key_values.update(keys, keys, layer)
+        is_hinted = (seen == HINTED).flatten(1).any(1)
+        logits = []
+        for hinted, written in zip(is_hinted, position_ids[:, -1].tolist()):
+            table = self.hinted if hinted else self.student
+            logits.append(table[min(written, len(table) - 1)])
+        return SimpleNamespace(logits=torch.stack(logits)[:, None])
 
 
 def drawn(tiny, hinted, student, n, beta=0.0, budget=2):
-    """The tokens of n rows, [n, budget], of a model that says the same in every context."""
+    """The tokens of n rows, [n, budget], -1 after the end; the logits never change."""
     config = tiny[0].config
     args = idft.parse_args(f"--beta {beta} --max-new-tokens {budget} --sample-rows {n}".split())
     torch.manual_seed(0)
-    rows = idft.rewrite(Fixed(config, hinted, student), tiny[1], [[301]] * n, [[302]] * n, args)
+    model = Fixed(config, [hinted], [student])
+    rows = idft.rewrite(model, tiny[1], [[HINTED]] * n, [[STUDENT]] * n, args)
     return torch.tensor([x + [-1] * (budget - len(x)) for x in rows])
 
 
 def table(tiny, p):
+    """Logits with these probabilities; all other tokens have nearly none."""
     logits = torch.full((tiny[0].config.vocab_size,), -30.0)
     for token, probability in p.items():
         logits[token] = np.log(probability)
@@ -200,7 +213,7 @@ def table(tiny, p):
 
 
 def test_nucleus_then_temperature(tiny):
-    """.6 .3 .06 | .04: the first three hold .95; of them, p^(1/0.3)."""
+    """Of .6, .3, .06 and .04 the first three make up .95; they are drawn in proportion to p^(1/0.3)."""
     logits = table(tiny, {400: 0.6, 401: 0.3, 402: 0.06, 403: 0.04})
     got = drawn(tiny, logits, logits, 6000, budget=1)[:, 0]
     power = np.array([0.6, 0.3, 0.06]) ** (1 / 0.3)
@@ -209,45 +222,56 @@ def test_nucleus_then_temperature(tiny):
     assert sum(shares) == pytest.approx(1)
 
 
-def test_a_sure_token_is_always_in_the_nucleus(tiny):
+def test_a_token_of_probability_0_99_is_the_nucleus(tiny):
     logits = table(tiny, {400: 0.99, 401: 0.01})
     assert (drawn(tiny, logits, logits, 50, budget=1) == 400).all()
 
 
-def test_the_first_token_is_of_the_hinted_stream(tiny):
-    """Uncertain hinted stream, beta 30: from the second token on the student alone."""
+def test_the_first_token_comes_from_the_hinted_stream(tiny):
+    """The hinted stream is uncertain and beta is 30: from the second token on the student decides."""
     hinted = table(tiny, {400: 0.5, 401: 0.5})
     got = drawn(tiny, hinted, table(tiny, {410: 1.0}), 60, beta=30)
     assert set(got[:, 0].tolist()) == {400, 401} and (got[:, 1] == 410).all()
 
 
-def test_the_student_alone_answers(tiny):
-    """A hinted stream that only ever says \\boxed{ and 7: after the brace it has nothing to say."""
-    ids = tiny[1].encode("\\boxed{", add_special_tokens=False)
+def test_the_student_alone_writes_the_answer(tiny):
+    """With beta 0 the hinted stream writes \\boxed{; after the brace only the student counts."""
     model, tokenizer = tiny
-    seen = []
-
-    class Script(Fixed):
-        def forward(self, tokens, attention_mask, **_):
-            half = len(tokens) // 2
-            at = attention_mask.shape[1] - 1  # tokens written so far
-            logits = torch.full((len(tokens), 1, self.config.vocab_size), -30.0)
-            logits[:half, 0, (ids + [400] * 9)[at]] = 0.0
-            logits[half:, 0, 410] = 0.0
-            seen.append(at)
-            return SimpleNamespace(logits=logits)
-
+    box = tokenizer.encode("\\boxed{", add_special_tokens=False)
+    hinted = [table(tiny, {token: 1.0}) for token in [*box, 400]]
+    student = [table(tiny, {410: 1.0})]
     args = idft.parse_args("--beta 0 --max-new-tokens 6".split())
-    script = Script(model.config, torch.zeros(1), torch.zeros(1))
-    assert idft.rewrite(script, tokenizer, [[301]] * 2, [[302]] * 2, args) == [ids + [410] * 3] * 2
-    assert seen == list(range(6))
+    fixed = Fixed(model.config, hinted, student)
+    rewrites = idft.rewrite(fixed, tokenizer, [[HINTED]] * 2, [[STUDENT]] * 2, args)
+    assert rewrites == [box + [410] * (6 - len(box))] * 2
+
+
+def test_the_distribution_of_rewrites_after_rows_have_left(tiny):
+    """Rows end at random and leave the batch. Each later token still follows m of its own row's contexts."""
+    eos = tiny[1].eos_token_id
+    hinted = table(tiny, {400: 0.5, 401: 0.3, eos: 0.2})
+    student = table(tiny, {400: 0.2, 401: 0.2, 402: 0.3, eos: 0.3})
+    tokens = drawn(tiny, hinted, student, 3000, beta=2.0, budget=6)
+    log_p, log_q = (x.log_softmax(-1)[None] for x in (hinted, student))
+    for t in range(6):
+        m = (log_p if t == 0 else idft.mixture(log_p, log_q, 2.0)).softmax(-1)[0]
+        likely, order = m.sort(descending=True)
+        power = torch.where(likely.cumsum(0) - likely < 0.95, likely, 0) ** (1 / 0.3)
+        want = torch.zeros_like(m).index_add(0, order, power / power.sum())
+        here = tokens[:, t][tokens[:, t] >= 0]
+        assert len(here) > 200
+        for token in (400, 401, 402, eos):
+            share, p = (here == token).float().mean().item(), want[token].item()
+            assert abs(share - p) < 4 * (p * (1 - p) / len(here)) ** 0.5 + 1e-4
+    ends = (tokens == eos).sum(1)
+    assert set(ends.tolist()) == {0, 1}
 
 
 # -- the training set -------------------------------------------------------------------------------------
 
 
-def test_own_words(tiny, monkeypatch):
-    """Right answers stay, wrong ones are rewritten, wrong or cut rewrites are left out."""
+def test_on_policy_demonstrations(tiny, monkeypatch):
+    """Correct solutions stay, incorrect ones are rewritten; incorrect or truncated rewrites are left out."""
     model, tokenizer = tiny
     encode = tok.encode_response
     rows = Dataset.from_dict(
@@ -260,13 +284,13 @@ def test_own_words(tiny, monkeypatch):
 
     def rewrite(model, tokenizer, hinted, student, args):
         asked.append([tok.decode_responses(tokenizer, x) for x in (hinted, student)])
-        cut = (encode(tokenizer, "3 \\boxed{3}")[:-1] * 9)[: args.max_new_tokens]
-        return [encode(tokenizer, "2 \\boxed{2}"), cut, encode(tokenizer, "\\boxed{5}")]
+        truncated = (encode(tokenizer, "3 \\boxed{3}")[:-1] * 9)[: args.max_new_tokens]
+        return [encode(tokenizer, "2 \\boxed{2}"), truncated, encode(tokenizer, "\\boxed{5}")]
 
     monkeypatch.setattr(idft, "sample", sample)
     monkeypatch.setattr(idft, "rewrite", rewrite)
     args = idft.parse_args("--max-new-tokens 24 --hint-template".split() + ["{question} by {solution}"])
-    metrics, found = idft.own_words(model, tokenizer, rows, args)
+    metrics, found = idft.on_policy_demonstrations(model, tokenizer, rows, args)
     (hinted, student) = asked[0]
     assert [x.removeprefix("Question: ").removesuffix("\nAnswer:") for x in student] == ["b", "c", "d"]
     assert "b by so y" in hinted[0] and "d by \\boxed{4}" in hinted[2]
@@ -274,7 +298,7 @@ def test_own_words(tiny, monkeypatch):
     assert kept == [("own", "a", "\\boxed{1}"), ("hinted", "b", "2 \\boxed{2}")]
     assert len(found) == 4 + 4 + 3
     assert metrics["verified_own"] == 0.25 and metrics["verified_hinted"] == pytest.approx(2 / 3)
-    assert metrics["verified_demo"] == 0.25  # only \boxed{4} is an answer
+    assert metrics["verified_demo"] == 0.25  # only \boxed{4} has an answer
     phi = idft.centered(model, tok.encode_prompts(tokenizer, ["a"]), [encode(tokenizer, "\\boxed{1}")], args)
     assert metrics["phi_own"].item() == pytest.approx(
         phi.item() / len(encode(tokenizer, "\\boxed{1}")), abs=1e-5
@@ -284,17 +308,17 @@ def test_own_words(tiny, monkeypatch):
     )
 
 
-def test_own_words_where_every_answer_is_right(tiny, monkeypatch):
-    """Nothing is rewritten and nothing is said of rewrites."""
-    right = lambda *_: ([tok.encode_response(tiny[1], f"\\boxed{{{x}}}") for x in "12"], None)  # noqa: E731
-    monkeypatch.setattr(idft, "sample", right)
+def test_on_policy_demonstrations_that_are_all_correct(tiny, monkeypatch):
+    """Nothing is rewritten and no metric mentions rewrites."""
+    responses = [tok.encode_response(tiny[1], f"\\boxed{{{x}}}") for x in "12"]
+    monkeypatch.setattr(idft, "sample", lambda *_: (responses, None))
     rows = {"question": list("ab"), "solution": ["\\boxed{1}"] * 2, "gold": list("12")}
-    metrics, found = idft.own_words(*tiny, rows, idft.parse_args(["--max-new-tokens", "24"]))
+    metrics, found = idft.on_policy_demonstrations(*tiny, rows, idft.parse_args(["--max-new-tokens", "24"]))
     assert metrics["verified_own"] == 1 and "verified_hinted" not in metrics
     assert [s["kind"] for s in found if s["kept"]] == ["own", "own"]
 
 
-def test_the_hint_template_is_what_the_tiny_model_was_taught():
+def test_the_hint_template_is_that_of_the_tiny_models_training():
     assert idft.parse_args([]).hint_template == HINT
 
 
@@ -311,7 +335,7 @@ def train(small):
 
 
 def test_a_language_model_within_a_model_of_images_is_trained(train, tmp_path):
-    """Its vocabulary is in a configuration within the configuration."""
+    """Its vocabulary size is in the text part of its configuration."""
     folder = shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
     torch.manual_seed(0)
     image = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -357,40 +381,41 @@ def test_a_run(whole):
     assert kinds.count("demo") == kinds.count("own") == 16  # 4 steps x 4 rows
     assert kinds.count("hinted") == round(16 * (1 - made["verified_own"]))
     assert made["verified_demo"] == 1 and made["verified_hinted"] > 0.5
-    assert made["phi_hinted"] > made["phi_demo"]  # the rewrites are nearer to the model's own words
+    assert made["phi_hinted"] > made["phi_demo"]  # rewrites are closer to on-policy text
     assert not any(s["kept"] for s in samples if s["kind"] == "demo")
     assert [x["step"] for x in lines] == [1, 2, 3, 4] and all(abs(x["phi"]) < 3 for x in lines)
 
 
 def test_nothing_is_rewritten_if_nothing_is_trained(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(idft, "own_words", None)  # would be a TypeError
+    monkeypatch.setattr(idft, "on_policy_demonstrations", None)  # would be a TypeError
     out = train(tmp_path / "run", "--steps", 0)
     [line] = read_jsonl(out / "metrics.jsonl")
     assert line["step"] == 0 and "accuracy" in line
 
 
-def test_a_run_in_which_nothing_is_right_says_so(train, tmp_path, monkeypatch, capsys):
+def test_a_run_without_a_correct_sample_ends_with_an_error(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(idft, "math_reward", lambda texts, golds: [0.0] * len(texts))
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "run")
-    assert stop.value.code == 2 and "no own answer or rewrite is right and ended" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "no own solution or rewrite is correct and ended by EOS" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    log_line = tok.log
+    log = runs.log
 
     def dies(out, metrics, samples=()):
         if metrics["step"] == 3:
             raise Killed
-        log_line(out, metrics, samples)
+        log(out, metrics, samples)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tok, "log", dies)
+        m.setattr(runs, "log", dies)
         train(tmp_path / "run")
-    monkeypatch.setattr(idft, "own_words", None)  # would be a TypeError
+    monkeypatch.setattr(idft, "on_policy_demonstrations", None)  # would be a TypeError
     train(tmp_path / "run", "--resume")
     same_metrics(whole, tmp_path / "run")
     same_weights(whole / "final", tmp_path / "run" / "final")
@@ -405,7 +430,7 @@ def test_micro_batches_change_no_gradient(train, tmp_path, kind):
         assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5)
 
 
-def test_a_demonstration_may_be_missing_its_answer_but_the_gold_may_not(train, tmp_path):
+def test_a_demonstration_needs_no_answer_if_there_is_a_gold(train, tmp_path):
     rows = read_jsonl(ROOT / "tiny/data/train.jsonl")[:4]
     write_jsonl(tmp_path / "x.jsonl", [row | {"solution": "I do not know."} for row in rows])
     flags = ("--data", tmp_path / "x.jsonl", "--eval-data", ROOT / "tiny/data", "--steps", 1)

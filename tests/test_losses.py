@@ -1,4 +1,4 @@
-"""Losses and weights against formulas written again, in float64 and in loops, and against printed values."""
+"""Losses and weights against independent float64 loops, worked examples and values printed by TRL."""
 
 from math import cos, exp, log, pi
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from experiments import trl_values
 
 
 def settings(**changed):
-    """The defaults of prefix_rft.py, which has all of them, with some changed."""
+    """The defaults of prefix_rft.py, which has all of them; some changed."""
     return SimpleNamespace(**vars(prefix_rft.parse_args([])) | changed)
 
 
@@ -30,7 +30,7 @@ def close(got, want, tolerance=1e-6):
 
 
 @pytest.mark.parametrize(
-    "how, right, values",
+    "how, correct, values",
     [
         ("grpo", 2, (-0.54006, 1.62018)),
         ("dr_grpo", 2, (-0.25, 0.75)),
@@ -38,11 +38,12 @@ def close(got, want, tolerance=1e-6):
         ("dr_grpo", 1, (-0.125, 0.875)),
     ],
 )
-def test_advantages_of_a_group_of_eight(how, right, values):
-    """Mean of the group, n - 1 in its standard deviation, each group apart from its neighbour."""
-    rewards = torch.tensor([[1.0] * right + [0.0] * (8 - right), [1.0] * 8, [0.0] * 8])
-    close(grpo.advantages(rewards, how)[0], [values[1]] * right + [values[0]] * (8 - right), 1e-5)
-    assert (grpo.advantages(rewards, how)[1:] == 0).all()  # all right and all wrong: exactly nothing
+def test_advantages_of_a_group_of_eight(how, correct, values):
+    """The mean is that of the group, its standard deviation divides by n - 1, groups do not mix."""
+    rewards = torch.tensor([[1.0] * correct + [0.0] * (8 - correct), [1.0] * 8, [0.0] * 8])
+    A = grpo.advantages(rewards, how)
+    close(A[0], [values[1]] * correct + [values[0]] * (8 - correct), 1e-5)
+    assert (A[1:] == 0).all()  # all correct, all incorrect: exactly 0
 
 
 # ---- 1/Z -------------------------------------------------------------------------------------------------
@@ -62,8 +63,8 @@ def test_inverse_z(how, each):
     close(grpo.inverse_z(MASK, how, 10), [[z] for z in each])
 
 
-def test_one_over_z_of_a_mean():
-    """Summed with its 1/Z, a loss of 1 per token is 1 by both means, and |y|/budget by the third."""
+def test_inverse_z_makes_a_mean():
+    """A loss of 1 on each token is 1 under both means and |y| / budget under the constant."""
     total = {how: (MASK * grpo.inverse_z(MASK, how, 10)).sum() for how in ("sequence", "token", "constant")}
     close([total["sequence"], total["token"], total["constant"]], [1, 1, 8 / 30])
 
@@ -72,7 +73,7 @@ def test_one_over_z_of_a_mean():
 
 
 def surrogate(ratio, A, **changed):
-    """Value of the surrogate of one token, and the weight I_clip r A that autograd finds in it."""
+    """The surrogate of one token and its weight I_clip r A, from autograd."""
     logp = torch.tensor([[log(ratio)]], dtype=torch.float64, requires_grad=True)
     one, zero = torch.ones_like(logp), torch.zeros_like(logp)
     loss, r, _ = grpo.policy_loss(logp, zero, logp.detach(), A * one, one, one, settings(**changed))
@@ -87,14 +88,14 @@ def surrogate(ratio, A, **changed):
         (0.5, 1, 0.2, 0.5, 0.5),
         (1.0, 1, 0.2, 1.0, 1.0),
         (1.1, 1, 0.2, 1.1, 1.1),
-        (1.25, 1, 0.2, 1.2, 0),  # beyond the trust region there is nothing to gain
+        (1.25, 1, 0.2, 1.2, 0),  # outside the trust region the gradient is 0
         (1.5, 1, 0.2, 1.2, 0),
-        (1.25, 1, 0.28, 1.25, 1.25),  # clip-higher moves this bound alone
+        (1.25, 1, 0.28, 1.25, 1.25),  # clip-higher moves only the upper bound
         (1.5, 1, 0.28, 1.28, 0),
         (0.5, -1, 0.2, -0.8, 0),
         (0.5, -1, 0.28, -0.8, 0),
         (0.9, -1, 0.2, -0.9, -0.9),
-        (1.5, -1, 0.2, -1.5, -1.5),  # a bad token that became likelier is pushed back: min, not max
+        (1.5, -1, 0.2, -1.5, -1.5),  # A < 0 and more likely than before: the gradient remains
         (4.0, -1, 0.28, -4.0, -4.0),
         (1.5, 0, 0.2, 0, 0),
     ],
@@ -104,7 +105,7 @@ def test_clip_table(ratio, A, high, value, weight):
 
 
 def test_the_first_update_has_ratio_one_and_a_gradient():
-    """With old_logp = logp the surrogate is sum(A): 0 in a group, while its gradient is A, not 0."""
+    """With old_logp = logp the surrogate sums to 0 over a group, but its gradient is A."""
     A = torch.tensor([[0.75], [-0.25], [-0.25], [-0.25]])
     logp = torch.tensor([[-1.0], [-2.0], [-0.1], [-3.0]], requires_grad=True)
     one = torch.ones_like(A)
@@ -115,7 +116,7 @@ def test_the_first_update_has_ratio_one_and_a_gradient():
 
 
 def random_batch(seed=0, shape=(5, 9)):
-    """Log-probs of three policies, advantages and a ragged mask; far apart enough to reach every clip."""
+    """Log-probabilities of three policies, advantages, a ragged mask; every case of the clip occurs."""
     g = torch.Generator().manual_seed(seed)
     logp, old, ref = -torch.rand(3, *shape, generator=g, dtype=torch.float64) * 2
     A = torch.randn(shape[0], 1, generator=g, dtype=torch.float64).expand(shape).clone()
@@ -125,7 +126,7 @@ def random_batch(seed=0, shape=(5, 9)):
 
 
 def plain_policy_loss(logp, old, ref, A, mask, how, budget, low, high, beta):
-    """DeepSeekMath eq. 3 with three normalisers, token by token; the loss, and d loss / d logp."""
+    """DeepSeekMath eq. 3 token by token with three normalisers: the loss and d loss / d logp."""
     logp, old, ref, A = (x.numpy().astype(np.float64) for x in (logp, old, ref, A))
     mask, loss, gradient = mask.numpy(), 0.0, np.zeros(logp.shape)
     for i in range(len(logp)):
@@ -159,19 +160,19 @@ def test_policy_loss_and_gradient(how, beta, high, seed):
 
 
 def test_k3_of_one_token():
-    """ref - logp = -0.5: exp(-.5) + .5 - 1 = .106531, and d k3 / d logp = 1 - exp(ref - logp)."""
+    """For ref - logp = -0.5: k3 = exp(-.5) + .5 - 1 = .106531, d k3 / d logp = 1 - exp(-.5)."""
     logp = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
     one = torch.ones_like(logp)
     old, ref = logp.detach(), logp.detach() - 0.5
     loss, _, k3 = grpo.policy_loss(logp, old, ref, 0 * one, one, one, settings(kl_coef=1))
     loss.backward()
     close(k3, [[0.106531]])
-    close(loss.item(), 0.106531)  # a penalty: it adds to the loss
-    close(logp.grad, [[1 - exp(-0.5)]])  # more likely than the reference: pushed down
+    close(loss.item(), 0.106531)  # a penalty is added to the loss
+    close(logp.grad, [[1 - exp(-0.5)]])  # more likely than under the reference: pushed down
 
 
 def test_the_mean_of_k3_under_the_policy_is_the_kl():
-    """Exact, by enumeration of 50 words: E_pi[k3] = KL(pi | ref), neither its negative nor KL(ref | pi)."""
+    """Exact, over a vocabulary of 50: E_pi[k3] = KL(pi || ref), not KL(ref || pi)."""
     g = torch.Generator().manual_seed(0)
     logp, ref = torch.randn(2, 50, generator=g, dtype=torch.float64).mul(2).log_softmax(-1)
     zero = torch.zeros(50, 1, dtype=torch.float64)
@@ -187,7 +188,7 @@ def test_the_mean_of_k3_under_the_policy_is_the_kl():
 
 
 def test_sft_loss_and_gradient():
-    """The mean over all response tokens: -1/Z on each, 0 on the prompt and on the padding."""
+    """The mean over all response tokens: gradient -1/Z on each, 0 on prompt and padding."""
     logp = random_batch()[0].requires_grad_()
     mask = random_batch()[4]
     loss = sft.sft_loss(logp, mask, mask.sum())
@@ -236,8 +237,8 @@ TRL = [
 
 
 @pytest.mark.parametrize("loss_type, high, beta, value, gradient", TRL)
-def test_loss_and_gradient_are_those_of_trl(loss_type, high, beta, value, gradient):
-    """TRL's names: grpo is the mean of means, dapo the mean over tokens, dr_grpo the constant."""
+def test_loss_and_gradient_equal_those_of_trl(loss_type, high, beta, value, gradient):
+    """TRL calls the mean of means grpo, the mean over tokens dapo and the constant dr_grpo."""
     logp, old, ref, A, mask = trl_values.tensors()
     logp.requires_grad_()
     inv_z = grpo.inverse_z(mask, {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}[loss_type], 8)
@@ -248,11 +249,11 @@ def test_loss_and_gradient_are_those_of_trl(loss_type, high, beta, value, gradie
     close(logp.grad, gradient)
 
 
-# ---- Prefix-RFT: how long a prefix is, and which of its tokens count -------------------------------------
+# ---- Prefix-RFT: the length of a prefix and which of its tokens are trained ------------------------------
 
 
 class Letters:
-    """A tokenizer of a letter a token; EOS is 0."""
+    """A tokenizer with one token per letter; EOS is 0."""
 
     eos_token_id = 0
 
@@ -269,10 +270,10 @@ def prefix_lengths(step, n=400, letters=999, **changed):
 @pytest.mark.parametrize(
     "step, low", [(0, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (900, 0.05)]
 )
-def test_the_lower_end_of_the_prefix_decays_by_cosine(step, low):
-    """l ~ U[low(s), .95] of 1,000 tokens: the lower end falls, the upper one stays."""
+def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low):
+    """l ~ U[low(step), .95] of 1,000 tokens: the lower bound falls, the upper bound stays."""
     drawn = prefix_lengths(step, prefix_decay_steps=500)
-    assert abs(low - (0.05 + 0.45 * (1 + cos(pi * min(step, 500) / 500)))) < 1e-4  # the printed values
+    assert abs(low - (0.05 + 0.45 * (1 + cos(pi * min(step, 500) / 500)))) < 1e-4  # the values above
     ends, width = (low * 1000, 950), (0.95 - low) * 1000
     assert ends[0] - 1 <= min(drawn) <= ends[0] + 0.02 * width + 1
     assert ends[1] - 0.02 * width - 1 <= max(drawn) <= ends[1]
@@ -281,11 +282,11 @@ def test_the_lower_end_of_the_prefix_decays_by_cosine(step, low):
 
 def test_other_prefix_schedules():
     assert min(prefix_lengths(1, prefix_schedule="uniform")) < 80 and max(prefix_lengths(1)) <= 950
-    assert set(prefix_lengths(1, 3, prefix_schedule="full")) == {1000}  # the whole demonstration and its EOS
+    assert set(prefix_lengths(1, 3, prefix_schedule="full")) == {1000}  # the whole demonstration with EOS
     assert set(prefix_lengths(1, 3, prefix_schedule="none")) == {0}
 
 
-def test_a_prefix_is_a_cut_of_the_ids():
+def test_a_prefix_is_the_beginning_of_the_ids():
     torch.manual_seed(0)
     row = {"solution": "abcdefghij", "demonstrated": True}
     ids = prefix_rft.draw_prefix(Letters(), row, 1, settings())
@@ -295,22 +296,22 @@ def test_a_prefix_is_a_cut_of_the_ids():
 
 
 def kept_tokens(n, loss="keep", share=0.2, seed=0):
-    """Which of n prefix tokens, scattered over two rows among own tokens, keep A = 2: (kept, entropies)."""
+    """Which of n prefix tokens in two rows keep A = 2: a mask over them, and their entropies."""
     g = torch.Generator().manual_seed(seed)
     prefix = torch.zeros(2, 60)
     prefix.view(-1)[torch.randperm(120, generator=g)[:n]] = 1
     entropy, A = torch.rand(2, 60, generator=g), torch.full((2, 60), 2.0)
-    entropy[prefix == 0] = 9  # own tokens are no candidates, however uncertain
+    entropy[prefix == 0] = 9  # on-policy tokens are never candidates
     args = settings(prefix_loss=loss, prefix_entropy_keep=share)
     out = prefix_rft.prefix_weight(A, -entropy, entropy, prefix, torch.ones(2, 60), args)
-    assert (out[prefix == 0] == 2).all()  # what the policy wrote keeps its A
+    assert (out[prefix == 0] == 2).all()  # on-policy tokens keep their A
     assert set(out[prefix == 1].tolist()) <= {0.0, 2.0}
     return out[prefix == 1] == 2, entropy[prefix == 1]
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 10, 11, 73])
-def test_the_most_uncertain_fifth_of_the_prefix_tokens_keeps_its_advantage(n):
-    """n - int(.8 n) tokens, of the whole batch and not of a row, and those of the highest entropy."""
+def test_the_fifth_of_prefix_tokens_with_the_highest_entropy_is_trained(n):
+    """n - int(.8 n) tokens, chosen over the whole batch and not row by row."""
     kept, entropy = kept_tokens(n)
     assert kept.sum() == n - int(0.8 * n)
     assert n < 2 or entropy[kept].min() > entropy[~kept].max()
@@ -323,7 +324,7 @@ def test_other_choices_of_prefix_tokens():
     torch.manual_seed(0)
     draws = [kept_tokens(50, "random")[0] for _ in range(200)]
     assert {int(kept.sum()) for kept in draws} == {10}
-    often = torch.stack(draws).float().mean(0)  # 0.2 each, +- 0.028: no token is preferred
+    often = torch.stack(draws).float().mean(0)  # 0.2 +- 0.028 for each token: none is preferred
     assert 0.1 < often.min() and often.max() < 0.31
 
 
@@ -335,8 +336,8 @@ def test_prefix_weight_at_p_0_3(how, weight):
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_an_sft_loss_on_prefixes_is_their_mean_whatever_z_is(norm):
-    """weight / Z is 1 / n on each of the n prefix tokens: sft.py's loss, beside that of the own tokens."""
+def test_an_sft_loss_on_prefixes_is_a_mean_for_every_z(norm):
+    """weight / Z is 1 / n on each of the n prefix tokens, as in sft.py; other tokens keep their A."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
     prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(prefix_weight="sft", prefix_loss="all")
     args.loss_norm = norm
@@ -347,32 +348,36 @@ def test_an_sft_loss_on_prefixes_is_their_mean_whatever_z_is(norm):
     assert (weight[prefix == 0] == 0.25).all()
 
 
-def test_a_dead_group_is_all_right_or_all_wrong_however_long(tiny, monkeypatch):
-    """DAPO samples until 0 < right < G: what the length penalty tells apart is no reason to keep a group."""
-    texts = iter([["1 \\boxed{1}", "1 1 1 1 1 1 \\boxed{1}"]])
-    ids = lambda *_: ([tok.encode_response(tiny[1], x) for x in next(texts)], None)  # noqa: E731
-    monkeypatch.setattr(grpo, "sample", ids)
+def test_a_group_of_correct_answers_has_zero_variance_whatever_their_lengths(tiny, monkeypatch):
+    """DAPO samples until 0 < correct < G. A length penalty alone does not keep a group."""
+    texts = ["1 \\boxed{1}", "1 1 1 1 1 1 \\boxed{1}"]
+    responses = [tok.encode_response(tiny[1], text) for text in texts]
+    monkeypatch.setattr(grpo, "sample", lambda *_: (responses, None))
     args = grpo.parse_args("--group-size 2 --overlong-tokens 20 --max-new-tokens 24".split())
     [group] = grpo.rollout(*tiny, [{"question": "a", "gold": "1"}], args)
-    assert [c["right"] for c in group] == [1, 1] and group[0]["reward"] > group[1]["reward"]
+    assert [c["correct"] for c in group] == [1, 1]
+    assert group[0]["reward"] > group[1]["reward"]
+    assert grpo.zero_variance_groups([group]) == [0]
 
 
 @pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
-def test_what_is_resampled_is_all_right_or_all_wrong(name, run, tmp_path, monkeypatch):
-    """Not what has equal rewards: in two of three groups the penalty differs, in one it makes them equal."""
+def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, monkeypatch):
+    """Verdicts decide, not rewards: two such groups differ in reward, the third has equal rewards."""
     script, asked = SCRIPTS[name], []
     rollout = script.rollout
+    verdicts = [1, 1], [0, 0], [1, 0]
+    rewards = [1, 0.5], [0, -0.5], [0, 0]
 
     def judged(model, tokenizer, rows, *more):
         groups = rollout(model, tokenizer, rows, *more)
         asked.append(len(rows))
-        for group, right, reward in zip(groups, ([1, 1], [0, 0], [1, 0]), ([1, 0.5], [0, -0.5], [0, 0])):
-            for c, given in zip(group, zip(right, reward)):
-                c |= dict(zip(("right", "reward"), given))
+        for group, correct, reward in zip(groups, verdicts, rewards):
+            for i, completion in enumerate(group):
+                completion |= {"correct": correct[i], "reward": reward[i]}
         return groups
 
     monkeypatch.setattr(script, "rollout", judged)
-    few = "--steps 1 --group-size 2 --batch-size 3 --eval-questions 1 --eval-samples 0 --skip-dead-groups 1"
+    few = "--steps 1 --group-size 2 --batch-size 3 --eval-questions 1 --eval-samples 0 --dynamic-sampling 1"
     run(name, tmp_path / name, *few.split(), "--overlong-tokens", 20)
     assert asked == [3, 2]
 
@@ -382,7 +387,7 @@ def test_what_is_resampled_is_all_right_or_all_wrong(name, run, tmp_path, monkey
 
 @pytest.mark.parametrize("script", [grpo, prefix_rft])
 def test_soft_overlong_penalty(script, monkeypatch):
-    """Budget 100, last 20: |y| = 80, 90, 95, 100 cost 0, .5, .75 and 1, beside the verdict."""
+    """Budget 100, of which the last 20 are penalised: lengths 80, 90, 95, 100 cost 0, .5, .75, 1."""
     lengths, args = [80, 90, 95, 100], settings(max_new_tokens=100, overlong_tokens=20, group_size=4)
     args.prefix_schedule = "none"
     monkeypatch.setattr(script, "sample", lambda *_: ([[7] * n for n in lengths], None))
@@ -401,7 +406,7 @@ def test_soft_overlong_penalty(script, monkeypatch):
 
 @pytest.mark.parametrize("script", [grpo, prefix_rft])
 def test_a_group_is_of_one_question(script, monkeypatch):
-    """Three questions, four completions each: a group's prompts, golds and questions are one question's."""
+    """Three questions with four completions each: prompt, gold and question of a group belong together."""
     args = settings(group_size=4, prefix_schedule="none")
     rows = [{"question": f"{i}?", "gold": str(i)} for i in range(3)]
     monkeypatch.setattr(script, "sample", lambda model, tokenizer, prompts, *_: (prompts, None))
@@ -413,4 +418,4 @@ def test_a_group_is_of_one_question(script, monkeypatch):
     groups = script.rollout(SimpleNamespace(config=None), None, rows, *([1] * (script is prefix_rft)), args)
     assert [[c["question"] for c in group] for group in groups] == [[f"{i}?"] * 4 for i in range(3)]
     assert [[c["response"] for c in group] for group in groups] == [[[i]] * 4 for i in range(3)]
-    assert all(c["reward"] == 1 for group in groups for c in group)  # each judged by its own question's gold
+    assert all(c["reward"] == 1 for group in groups for c in group)

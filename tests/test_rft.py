@@ -1,4 +1,4 @@
-"""Rejection sampling: what counts as one path, what is kept, SFT as the special case, rounds, resume."""
+"""Rejection sampling: distinct paths, what is kept, SFT as a special case, rounds, resuming."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from datasets import Dataset
 import common.tokenization as tok
 import rft_rejection as rft
 import sft
+from common.plumbing import models, runs
+from common.plumbing.flags import BadInput
 
 FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
 
@@ -19,13 +21,13 @@ FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
     "a, b, same",
     [
         ("Step 1: 7 + 4 = 11. So \\boxed{11}", "First 7+4 = 11, which is it: \\boxed{11}", True),
-        ("7 + 4 = 11. 11 * 2 = 22.", "11 * 2 = 22. 7 + 4 = 11.", False),  # the order is part of it
+        ("7 + 4 = 11. 11 * 2 = 22.", "11 * 2 = 22. 7 + 4 = 11.", False),  # the order matters
         ("7 + 4 = 11. \\boxed{11}", "4 + 7 = 11. \\boxed{11}", False),
         ("We get 3.5 = 7 / 2.", "Then 3.5 = 7/2", True),
-        ("so 3.5 = x", "so 2.5 = x", False),  # a decimal point ends no sentence
+        ("so 3.5 = x", "so 2.5 = x", False),  # a decimal point does not end a sentence
         ("$\\frac{1}{2} = x$", "Hence \\frac{1}{2}=x", True),
         ("$\\frac{1}{2} = x$", "$\\sqrt{1}{2} = x$", False),  # LaTeX is not prose
-        ("7  11 \\boxed{11}\n", "7 11 \\boxed{11}", True),  # no equation: the text, whitespace aside
+        ("7  11 \\boxed{11}\n", "7 11 \\boxed{11}", True),  # without equations: the text but for spaces
         ("7 11 \\boxed{11}", "7 12 11 \\boxed{11}", False),
         ("\\boxed{11}", "The answer is 11.", False),
     ],
@@ -52,7 +54,7 @@ ROUNDS = [  # one response to each of the three questions, four times
 
 
 def fixed(tokenizer, rounds, seen=None):
-    """A stand-in for `sample` that answers with given texts, one round after the other."""
+    """A stand-in for `sample` that returns given texts, round by round."""
     texts = [text for one in rounds for text in one]
 
     def sample(model, tokenizer, prompts, *_):
@@ -69,14 +71,14 @@ def kept(found):
     return [(s["question"], s["solution"]) for s in found if s["kept"]]
 
 
-def harvest(tiny, monkeypatch, *flags, rounds=ROUNDS, seen=None):
+def sample_and_filter(tiny, monkeypatch, *flags, rounds=ROUNDS, seen=None):
     monkeypatch.setattr(rft, "sample", fixed(tiny[1], rounds, seen))
     torch.manual_seed(0)
-    return rft.harvest(*tiny, QUESTIONS, rft.parse_args(["--k", "4", *flags]))
+    return rft.sample_and_filter(*tiny, QUESTIONS, rft.parse_args(["--k", "4", *flags]))
 
 
-def test_right_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
-    metrics, found = harvest(tiny, monkeypatch)
+def test_correct_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
+    metrics, found = sample_and_filter(tiny, monkeypatch)
     assert FOUND == set(metrics)
     texts = [(s["question"], s["solution"]) for s in found]
     assert sorted(texts) == sorted((q, t.removesuffix("...")) for one in ROUNDS for q, t in zip("abc", one))
@@ -88,37 +90,38 @@ def test_right_ended_and_distinct_samples_are_kept(tiny, monkeypatch):
     assert metrics["tokens_generated"] == sum(s["tokens"] for s in found) > 12
 
 
-def test_at_most_n_of_a_question_drawn_at_random(tiny, monkeypatch):
+def test_keep_per_question_is_a_random_choice(tiny, monkeypatch):
     seen = set()
+    args = rft.parse_args("--k 4 --keep-per-question 1".split())
     for seed in range(12):
         monkeypatch.setattr(rft, "sample", fixed(tiny[1], ROUNDS))
         torch.manual_seed(seed)
-        _, found = rft.harvest(*tiny, QUESTIONS, rft.parse_args("--k 4 --keep-per-question 1".split()))
+        _, found = rft.sample_and_filter(*tiny, QUESTIONS, args)
         assert [q for q, _ in kept(found)] == ["a", "b"]
         seen |= set(kept(found))
-    assert len(seen) == 5  # every right and ended text has its chance, whichever came first
+    assert len(seen) == 5  # every correct and ended text may be kept
 
 
-def test_the_demonstration_stands_for_its_path(tiny, monkeypatch):
-    metrics, found = harvest(tiny, monkeypatch, "--add-gold")
+def test_add_gold_replaces_samples_with_the_path_of_the_demonstration(tiny, monkeypatch):
+    metrics, found = sample_and_filter(tiny, monkeypatch, "--add-gold")
     assert [x for x in kept(found) if x[0] == "c"] == [("c", "9 - 2 = 7")]
     assert [text for q, text in kept(found) if q == "a"] == ["7 + 4 = 11", "5 + 6 = 11. \\boxed{11}"]
     assert metrics["kept"] == 6 and metrics["paths"] == pytest.approx(4 / 3)
 
 
-def test_rationalisation_shows_the_answer_and_is_trained_without(tiny, monkeypatch):
+def test_rationalisation_shows_the_gold_in_sampling_but_not_in_training(tiny, monkeypatch):
     again = [("7 \\boxed{7}",), ("\\boxed{8}",), ("7 \\boxed{7}",), ("9 7 \\boxed{7}",)]
     seen = []
-    metrics, found = harvest(tiny, monkeypatch, "--rationalize", rounds=ROUNDS + again, seen=seen)
+    metrics, found = sample_and_filter(tiny, monkeypatch, "--rationalize", rounds=ROUNDS + again, seen=seen)
     assert [len(x) for x in seen] == [12, 4]
     assert all("7" not in x for x in seen[0]) and all("c\nAnswer: 7\n" in x for x in seen[1])
     assert sorted(x for x in kept(found) if x[0] == "c") == [("c", "7 \\boxed{7}"), ("c", "9 7 \\boxed{7}")]
-    assert metrics["reward"] == 7 / 12 and metrics["unsolved"] == pytest.approx(1 / 3)  # of the first try
+    assert metrics["reward"] == 7 / 12 and metrics["unsolved"] == pytest.approx(1 / 3)  # of the first attempt
 
 
-def test_nothing_right_is_an_error(tiny, monkeypatch):
-    with pytest.raises(tok.BadInput, match="--k"):
-        harvest(tiny, monkeypatch, rounds=[("x", "y", "z")] * 4)
+def test_no_correct_sample_is_an_error(tiny, monkeypatch):
+    with pytest.raises(BadInput, match="--k"):
+        sample_and_filter(tiny, monkeypatch, rounds=[("x", "y", "z")] * 4)
 
 
 # -- the script -------------------------------------------------------------------------------------------
@@ -142,35 +145,34 @@ def whole(train, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("sft") / "run"
-    sft.main(
-        sft.parse_args(small("sft", out, "--steps", 11, "--save-every", 0, "--warmup-steps", 2))
-    )  # more than an epoch of 40
+    flags = ("--steps", 11, "--save-every", 0, "--warmup-steps", 2)  # more than an epoch of 40
+    sft.main(sft.parse_args(small("sft", out, *flags)))
     return out
 
 
-def without_harvest(run):
+def training_metrics(run):
+    """metrics.jsonl without the lines of sampled rounds and without clocks."""
     lines = [x for x in read_jsonl(run / "metrics.jsonl") if "kept" not in x]
     clocks = ("seconds_sample", "seconds_train", "peak_memory")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 
-def test_no_samples_and_the_demonstrations_are_sft(train, plain, tmp_path):
+def test_demonstrations_without_samples_are_sft(train, plain, tmp_path):
     more = ("--k", 0, "--add-gold", "--questions", 0, "--steps", 11, "--rounds", 1, "--save-every", 0)
     run = train(tmp_path / "run", *more)
     same_weights(run / "final", plain / "final")
-    assert without_harvest(run) == without_harvest(plain)
+    assert training_metrics(run) == training_metrics(plain)
 
 
-def test_rejection_that_keeps_exactly_the_demonstrations_is_sft(train, plain, tmp_path, monkeypatch):
+def test_samples_that_equal_the_demonstrations_are_sft(train, plain, tmp_path, monkeypatch):
     def demonstrations(model, tokenizer, rows, template, args):
-        torch.rand(7)  # whatever sampling draws changes nothing later
+        torch.rand(7)  # draws of sampling do not change later draws
         more = {"reward": 1.0, "kept": False, "tokens": 5, "ended": True}
         return [[{k: row[k] for k in ("question", "solution", "gold")} | more] for row in rows]
 
     monkeypatch.setattr(rft, "attempt", demonstrations)
-    run = train(
-        tmp_path / "run", "--k", 1, "--questions", 0, "--steps", 11, "--rounds", 1, "--temperature", 0.5
-    )
+    more = ("--k", 1, "--questions", 0, "--steps", 11, "--rounds", 1, "--temperature", 0.5)
+    run = train(tmp_path / "run", *more)
     same_weights(run / "final", plain / "final")
 
 
@@ -186,7 +188,7 @@ def test_a_run(whole):
         assert all(s["reward"] and s["ended"] for s in mine if s["kept"])
         assert line["tokens_generated"] == sum(s["tokens"] for s in mine)
     lr = [x["lr"] for x in lines if "loss" in x]
-    assert lr[:3] == lr[3:] and lr[0] < lr[1] > lr[2]  # each round has a schedule of its own
+    assert lr[:3] == lr[3:] and lr[0] < lr[1] > lr[2]  # each round has its own schedule
 
 
 class Killed(Exception):
@@ -194,33 +196,33 @@ class Killed(Exception):
 
 
 def interrupt(train, out, at, monkeypatch, *more, key="loss"):
-    """A run that dies just before it logs step `at` (or the samples of a round that begins there)."""
-    log_line = tok.log
+    """A run that is killed before it logs step `at`, or with key="kept" the round that begins there."""
+    log = runs.log
 
     def dies(out, metrics, samples=()):
         if metrics["step"] == at and key in metrics:
             raise Killed
-        log_line(out, metrics, samples)
+        log(out, metrics, samples)
 
     with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(tok, "log", dies)
+        m.setattr(runs, "log", dies)
         train(out, *more)
 
 
-@pytest.mark.parametrize("at, harvests", [(1, 1), (3, 1), (4, 0), (6, 0)])
-def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, at, harvests, monkeypatch):
+@pytest.mark.parametrize("at, rounds", [(1, 1), (3, 1), (4, 0), (6, 0)])
+def test_an_interrupted_run_resumes_with_the_same_bits(whole, train, tmp_path, at, rounds, monkeypatch):
     interrupt(train, tmp_path / "run", at, monkeypatch)
     calls, attempt = [], rft.attempt
     monkeypatch.setattr(rft, "attempt", lambda *x: calls.append(1) or attempt(*x))
     train(tmp_path / "run", "--resume")
-    assert len(calls) == harvests  # only rounds that had not begun
+    assert len(calls) == rounds  # only those that had not begun
     same_metrics(whole, tmp_path / "run")
     same_weights(whole / "final", tmp_path / "run" / "final")
     assert (whole / "samples.jsonl").read_text() == (tmp_path / "run" / "samples.jsonl").read_text()
 
 
-def test_a_run_that_dies_while_it_samples_its_second_round_samples_it_again(train, tmp_path, monkeypatch):
-    """At a round's end there is a checkpoint only when the next round's samples are written."""
+def test_a_run_killed_in_its_second_round_of_sampling_samples_it_again(train, tmp_path, monkeypatch):
+    """The checkpoint of a new round is saved only when its samples have been written."""
     flags = ("--save-every", 1, "--restart", "continue")
     whole = train(tmp_path / "whole", *flags)
     interrupt(train, tmp_path / "run", 3, monkeypatch, *flags, key="kept")
@@ -237,12 +239,12 @@ def test_each_round_trains_on_its_own_kept_samples(train, tmp_path, monkeypatch)
     for begin in (0, 3):
         mine = [s["solution"] for s in samples if s["step"] == begin and s["kept"]]
         seen, trained = trained[: 3 * 16], trained[3 * 16 :]
-        assert set(seen) <= set(mine) and len(mine) < 3 * 16  # more than an epoch: all of them
+        assert set(seen) <= set(mine) and len(mine) < 3 * 16  # more than an epoch, so all of them
         assert set(mine) <= set(seen)
 
 
 @pytest.mark.parametrize("restart", ["base", "continue"])
-def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch):
+def test_the_weights_that_the_second_round_starts_from(train, tmp_path, restart, monkeypatch):
     run = tmp_path / "run"
     interrupt(train, run, 4, monkeypatch, "--restart", restart)
     after, before = weights(run / "checkpoint-000003"), weights(ROOT / "tiny/model")
@@ -252,20 +254,30 @@ def test_what_the_second_round_starts_from(train, tmp_path, restart, monkeypatch
 
 
 def test_another_model_can_be_the_base(train, tmp_path, monkeypatch):
-    """RFT as published samples from one model and trains another, of the same shapes."""
-    other, tokenizer = tok.load_model(ROOT / "tiny/model")
+    """RFT as published samples from one model and trains another of the same shapes."""
+    other, tokenizer = models.load_model(ROOT / "tiny/model")
     with torch.no_grad():
-        [p.mul_(1.01) for p in other.parameters()]
-    tok.save_model(tmp_path / "other", other, tokenizer)
+        for p in other.parameters():
+            p.mul_(1.01)
+    runs.save_model(tmp_path / "other", other, tokenizer)
     interrupt(train, tmp_path / "run", 4, monkeypatch, "--base", tmp_path / "other")
     same_weights(tmp_path / "run" / "checkpoint-000003", tmp_path / "other")
 
 
-def test_the_temperature_is_of_the_samples_alone(train, tmp_path, monkeypatch):
-    sampled, trained, sample, logprobs = set(), set(), rft.sample, rft.logprobs
-    monkeypatch.setattr(rft, "sample", lambda *x: sampled.add(x[3]) or sample(*x))
-    monkeypatch.setattr(
-        rft, "logprobs", lambda *x: (torch.is_grad_enabled() and trained.add(x[3])) or logprobs(*x)
-    )
+def test_the_temperature_is_for_sampling_and_not_for_training(train, tmp_path, monkeypatch):
+    sample, logprobs = rft.sample, rft.logprobs
+    sampled, trained = set(), set()  # temperatures
+
+    def watch_sample(model, tokenizer, prompts, temperature, args):
+        sampled.add(temperature)
+        return sample(model, tokenizer, prompts, temperature, args)
+
+    def watch_logprobs(model, tokens, mask, temperature):
+        if torch.is_grad_enabled():
+            trained.add(temperature)
+        return logprobs(model, tokens, mask, temperature)
+
+    monkeypatch.setattr(rft, "sample", watch_sample)
+    monkeypatch.setattr(rft, "logprobs", watch_logprobs)
     train(tmp_path / "run", "--temperature", 0.7, "--rounds", 1, "--steps", 1)
     assert sampled == {0.7, 0.0, 1.0} and trained == {1.0}

@@ -1,4 +1,4 @@
-"""Sampling and scoring are one distribution, greedy is transformers', and no setting of a model leaks in."""
+"""Sampling and scoring are one distribution; greedy decoding is that of transformers; nothing leaks in."""
 
 from types import SimpleNamespace
 
@@ -9,17 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MistralForCausalLM,
 )
 
 import common.tokenization as tok
 import grpo
+from common.plumbing import decoding, models
 
-# of unlike lengths: all but the longest are padded on the left; two are the same
+# of different lengths, so all but the longest are padded on the left; two are equal
 QUESTIONS = [
     "Compute 1 + 1.",
     "Who?",
@@ -35,7 +36,7 @@ def settings(**changed):
 
 @pytest.fixture(params=["tiny", "pad is eos"])
 def pair(request, tiny, pad_is_eos):
-    """Relative and absolute positions; pad apart from EOS and the same."""
+    """A model with relative positions; one with absolute positions whose pad token is EOS."""
     if request.param == "tiny":
         return tiny
     return AutoModelForCausalLM.from_pretrained(pad_is_eos).eval(), AutoTokenizer.from_pretrained(pad_is_eos)
@@ -46,7 +47,7 @@ def pair(request, tiny, pad_is_eos):
 
 @pytest.mark.parametrize("rows", [512, 2])
 def test_greedy_is_what_generate_gives(pair, rows):
-    """For prompts of mixed lengths, in any batch: padding, dropped rows and shared prompts change nothing."""
+    """In any batch of prompts: padding, rows that leave and equal prompts change nothing."""
     model, tokenizer = pair
     prompts = tok.encode_prompts(tokenizer, QUESTIONS)
     args = settings(max_new_tokens=24, sample_rows=rows)
@@ -63,7 +64,7 @@ def test_greedy_is_what_generate_gives(pair, rows):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.8])
 def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
-    """ratio == 1: left-padded sampling with a cache, and right-padded scoring, at the same temperature."""
+    """The ratio of sampling (left-padded, cached) and scoring (right-padded) is 1 at any temperature."""
     model, tokenizer = pair
     torch.manual_seed(0)
     prompts = tok.encode_prompts(tokenizer, QUESTIONS * 4)
@@ -74,7 +75,7 @@ def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
     scored, entropy = grpo.score(model, tokens, mask, args)
     ratio = (scored - tok.align(sampled, mask)).exp()
     assert (ratio - 1).abs().max() < 1e-4
-    logits = model(tokens).logits.float() / temperature  # and both are the model's, by the plain formula
+    logits = model(tokens).logits.float() / temperature  # the plain formula
     p = logits.log_softmax(-1)[:, :-1]
     plain = p.gather(-1, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
     torch.testing.assert_close(scored[:, 1:], plain, atol=1e-4, rtol=0)
@@ -82,8 +83,8 @@ def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
     assert (scored[mask == 0] == 0).all()
 
 
-def test_what_a_prompt_has_of_a_response_is_taken_off_its_budget(tiny, monkeypatch):
-    """A row that has spent its budget is not sampled, and no row gets positions beyond prompt and budget."""
+def test_response_tokens_in_a_prompt_count_against_the_budget(tiny, monkeypatch):
+    """A row that has spent its budget is not sampled. No row needs positions beyond prompt and budget."""
     model, tokenizer = tiny
     prompts = tok.encode_prompts(tokenizer, QUESTIONS * 4)
     spent = [0, 3, 10, 12, 7] * 4
@@ -92,22 +93,27 @@ def test_what_a_prompt_has_of_a_response_is_taken_off_its_budget(tiny, monkeypat
     monkeypatch.setattr(model.config, "max_position_embeddings", most)
     args = settings(max_new_tokens=12)
     torch.manual_seed(0)
-    responses, logps = grpo.sample(model, tokenizer, starts, 50.0, args, spent)  # hot: hardly an EOS
+    responses, logps = grpo.sample(model, tokenizer, starts, 50.0, args, spent)  # hardly an EOS
     lengths = list(map(len, responses))
     assert all(n <= 12 - k for n, k in zip(lengths, spent)) and lengths == list(map(len, logps))
     assert {n for n, k in zip(lengths, spent) if k == 12} == {0}
     assert sum(n == 12 - k for n, k in zip(lengths, spent)) > 12
-    # a finished row that is still in the batch stays where it is: one of twenty is too few to leave
-    model, _ = tok.load_model(str(ROOT / "tiny/model"))  # refuses positions that the model has not
+    # a finished row stays in place: one of twenty is too few to leave the batch
+    model, _ = models.load_model(str(ROOT / "tiny/model"))  # refuses positions that do not exist
     model.config.max_position_embeddings = most
     grpo.sample(model, tokenizer, prompts[:-1] + [prompts[-1] + [50] * 7], 50.0, args, [0] * 19 + [7])
 
 
 def test_the_cache_has_the_dtype_of_activations(tiny, monkeypatch):
-    """Under autocast RoPE gives fp32 keys; the cache holds bf16, and samples are still what is scored."""
+    """Under autocast RoPE makes fp32 keys. The cache holds bf16, and samples are still what is scored."""
     model, tokenizer = tiny
-    caches, make = [], tok.Cache
-    monkeypatch.setattr(tok, "Cache", lambda **more: caches.append(make(**more)) or caches[-1])
+    caches, make = [], decoding.Cache
+
+    def remember(config):
+        caches.append(make(config))
+        return caches[-1]
+
+    monkeypatch.setattr(decoding, "Cache", remember)
     prompts = tok.encode_prompts(tokenizer, QUESTIONS * 8)
     for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         torch.manual_seed(0)
@@ -115,43 +121,59 @@ def test_the_cache_has_the_dtype_of_activations(tiny, monkeypatch):
             responses, sampled = grpo.sample(model, tokenizer, prompts, 1.0, settings(max_new_tokens=16))
             tokens, mask = tok.join(prompts, responses)
             scored, _ = grpo.score(model, tokens, mask, settings())
-        assert {x.dtype for layer in caches.pop().layers for x in (layer.keys, layer.values)} == {dtype}
+        layers = caches.pop().layers
+        assert {x.dtype for layer in layers for x in (layer.keys, layer.values)} == {dtype}
         gap = ((scored - tok.align(sampled, mask)).exp() - 1).abs().sum() / mask.sum()
         assert gap < (0.05 if enabled else 1e-5)
 
 
-def test_the_cache_grows_without_copying_what_it_holds(tiny, monkeypatch):
-    """The bits of transformers' own cache, over several growths and leaves; room for many tokens at once."""
+def test_buffers_give_the_samples_of_transformers_cache(tiny, monkeypatch):
+    """Bit for bit, while rows leave and columns are added; a step does not copy the keys it has."""
     model, tokenizer = tiny
     prompts = tok.encode_prompts(tokenizer, QUESTIONS * 8)
-    places, grow = [], tok.RoomyLayer.update
+    args = settings(max_new_tokens=200)
+    places, update = [], decoding.Cache.update
 
-    def watched(layer, *both, **more):
-        keys, values = grow(layer, *both, **more)
-        places.append((keys.data_ptr(), values.data_ptr()))
-        return keys, values
+    def watched(cache, keys, values, layer_idx, *more, **others):
+        seen = update(cache, keys, values, layer_idx, *more, **others)
+        places.append((layer_idx, seen[0].data_ptr(), seen[1].data_ptr()))
+        return seen
 
-    done = []
-    for cache in (tok.Cache, lambda config: DynamicCache(config=config)):
-        monkeypatch.setattr(tok, "Cache", cache)
-        monkeypatch.setattr(tok.RoomyLayer, "update", watched)
-        torch.manual_seed(0)
-        done.append(grpo.sample(model, tokenizer, prompts, 3.0, settings(max_new_tokens=200)))
-    assert done[0] == done[1] and max(map(len, done[0][0])) > 150 > 100 > min(map(len, done[0][0]))
-    calls, layers = len(places), model.config.num_hidden_layers
-    assert calls == layers * max(map(len, done[0][0])) and len(set(places)) < calls / 4
-    slides = tok.Cache(config=MistralConfig(num_hidden_layers=1, sliding_window=4)).layers
-    assert not isinstance(slides[0], tok.RoomyLayer)
+    monkeypatch.setattr(decoding.Cache, "update", watched)
+    torch.manual_seed(0)
+    fixed = grpo.sample(model, tokenizer, prompts, 3.0, args)
+    lengths = [len(response) for response in fixed[0]]
+    assert min(lengths) < 100 < 150 < max(lengths)
+    calls = model.config.num_hidden_layers * max(lengths)
+    assert len(places) == calls and len(set(places)) < calls / 4
+    monkeypatch.setattr(decoding, "obstacles", lambda *_: ("transformers manages its cache",) * 2)
+    torch.manual_seed(0)
+    assert grpo.sample(model, tokenizer, prompts, 3.0, args) == fixed
+
+
+def test_a_model_with_sliding_windows_samples_what_it_scores():
+    """Its cache has a fixed size of its own, so transformers manages it."""
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, initializer_range=0.3)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=4, head_dim=8)
+    model = MistralForCausalLM(MistralConfig(vocab_size=30, eos_token_id=0, **size, **heads)).eval()
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 7, 7]] * 8
+    args = settings(max_new_tokens=24)
+    responses, sampled = grpo.sample(model, SimpleNamespace(eos_token_id=0), prompts, 1.0, args)
+    tokens, mask = tok.join(prompts, responses)
+    scored, _ = grpo.score(model, tokens, mask, args)
+    assert ((scored - tok.align(sampled, mask)).exp() - 1).abs().max() < 1e-4
+    assert len({len(response) for response in responses}) > 2  # rows left
 
 
 def test_self_check_stops_a_run_whose_head_is_not_a_plain_product(tiny):
-    """A head with a bias cannot be scored by `logprobs`: one sentence, before any training."""
+    """`logprobs` cannot score a head with a bias: an error before any training."""
     tokenizer, rows = tiny[1], {"question": QUESTIONS}
     model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model").eval()
     args = settings(max_new_tokens=8)
     grpo.self_check(model, tokenizer, rows, args)
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 1, len(model.lm_head.weight)))
-    with pytest.raises(SystemExit, match="cannot be scored"):
+    with pytest.raises(SystemExit, match="sampling and in scoring disagree"):
         grpo.self_check(model, tokenizer, rows, args)
 
 
@@ -160,7 +182,7 @@ VOCABULARY, EOS = 7, 0
 
 @pytest.fixture(scope="module")
 def seven_words():
-    """A model of seven words, of which word 0 ends a response, and two prompts of unlike length."""
+    """A model with a vocabulary of seven, of which 0 is EOS, and two prompts of different lengths."""
     model = gpt2(VOCABULARY, eos_token_id=EOS, pad_token_id=EOS, initializer_range=0.15)
     return model, SimpleNamespace(eos_token_id=EOS), ([3, 1, 4, 1, 5], [2])
 
@@ -171,7 +193,7 @@ def every_response(prompt):
 
 
 def probabilities(model, prompt, temperature):
-    """By the plain formula, unpadded, in float64: P of each response of two tokens."""
+    """P of each response of two tokens, unpadded and in float64, by the plain formula."""
     responses = every_response(prompt)
     p = []
     for response in responses:
@@ -183,7 +205,7 @@ def probabilities(model, prompt, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scored_probabilities_of_all_responses_sum_to_one(seven_words, temperature):
-    """`logprobs` of every response there is, beside each other: a distribution, and the model's own."""
+    """`logprobs` of all possible responses in one batch are the distribution of the model."""
     model, _, prompts = seven_words
     for prompt in prompts:
         responses = every_response(prompt)
@@ -196,7 +218,7 @@ def test_scored_probabilities_of_all_responses_sum_to_one(seven_words, temperatu
 
 
 def chi_square_p(counts, p):
-    """P(chi-square >= observed); cells that expect less than 5 are one cell."""
+    """P(chi-square >= observed). Cells with an expected count below 5 are merged."""
     expected = p / p.sum() * counts.sum()
     rare = expected < 5
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
@@ -207,7 +229,7 @@ def chi_square_p(counts, p):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_frequencies_are_the_scored_probabilities(seven_words, temperature):
-    """8,000 draws of first and second token from two prompts at once, against enumerated probabilities."""
+    """8,000 responses of two tokens to two prompts in one batch, against enumerated probabilities."""
     model, tokenizer, prompts = seven_words
     torch.manual_seed(0)
     args = settings(max_new_tokens=2, sample_rows=4000)
@@ -216,9 +238,9 @@ def test_sampled_frequencies_are_the_scored_probabilities(seven_words, temperatu
         cells = {tuple(response): i for i, response in enumerate(every_response(prompt))}
         counts = torch.zeros(len(cells), dtype=torch.float64)
         for response in responses[k::2]:
-            counts[cells[tuple(response)]] += 1  # a KeyError: a response that cannot be
+            counts[cells[tuple(response)]] += 1  # a KeyError: an impossible response
         assert chi_square_p(counts, probabilities(model, prompt, temperature)) > 1e-3
-        for wrong in (temperature * 1.3, temperature / 1.3):  # the test can tell
+        for wrong in (temperature * 1.3, temperature / 1.3):  # the test has power
             assert chi_square_p(counts, probabilities(model, prompt, wrong)) < 1e-6
         assert chi_square_p(counts, probabilities(model, prompts[1 - k], temperature)) < 1e-6
 
@@ -243,16 +265,16 @@ def test_no_prompts_no_responses(seven_words):
 
 
 def test_responses_come_in_the_order_of_their_prompts(seven_words):
-    """Greedily each prompt has one response, whatever its neighbours and its place."""
+    """A greedy response depends on its prompt alone, not on other rows or its place."""
     model, tokenizer, _ = seven_words
-    prompts = [[1 + i % 6] * (1 + i % 5) for i in range(30)] * 2  # groups of two, apart, six of each length
+    prompts = [[1 + i % 6] * (1 + i % 5) for i in range(30)] * 2  # thirty prompts, twice
     together, _ = grpo.sample(model, tokenizer, prompts, 0.0, settings(max_new_tokens=5, sample_rows=25))
     alone = [grpo.sample(model, tokenizer, [p], 0.0, settings(max_new_tokens=5))[0][0] for p in prompts[:30]]
     assert together == alone * 2 and len(set(map(tuple, alone))) > 3
 
 
 def test_a_generation_config_does_not_leak_into_rollouts(tiny, tmp_path):
-    """Bit for bit the same samples with a folder that asks for top-k, top-p, a penalty and T = 0.1."""
+    """The same samples, bit for bit, from a folder that asks for top-k, top-p, a penalty and T = 0.1."""
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -260,8 +282,8 @@ def test_a_generation_config_does_not_leak_into_rollouts(tiny, tmp_path):
         do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, min_new_tokens=20
     )
     GenerationConfig(**biased, eos_token_id=0, pad_token_id=1).save_pretrained(tmp_path)
-    other, other_tokenizer = tok.load_model(str(tmp_path))
-    assert other.generation_config.top_k == 1  # it is there
+    other, other_tokenizer = models.load_model(str(tmp_path))
+    assert other.generation_config.top_k == 1  # it has been read
     prompts, samples = tok.encode_prompts(tokenizer, QUESTIONS), []
     for m, t in ((model, tokenizer), (other, other_tokenizer)):
         torch.manual_seed(0)
@@ -273,7 +295,7 @@ def test_a_generation_config_does_not_leak_into_rollouts(tiny, tmp_path):
 
 
 def test_padded_is_unpadded(pair):
-    """Log-probs and entropies of a row do not depend on how much padding is at its right."""
+    """Log-probabilities and entropies of a row do not depend on the padding to its right."""
     model, tokenizer = pair
     prompts = tok.encode_prompts(tokenizer, QUESTIONS)
     responses = [tok.encode_response(tokenizer, f"\\boxed{{{'7' * n}}}") for n in (1, 9, 2, 5, 3)]
@@ -287,7 +309,7 @@ def test_padded_is_unpadded(pair):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made, forward or backward."""
+    """The size of the largest tensor that any operation creates, forward or backward."""
 
     elements = 0
 
@@ -300,7 +322,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_training_step_never_holds_tokens_times_vocabulary():
-    """8,192 words, 1,000 trained tokens: nothing of 8 million numbers, neither logits nor their gradient."""
+    """A vocabulary of 8,192, 1,000 trained tokens: no tensor has 8 million elements."""
     torch.manual_seed(0)
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, max_position_embeddings=512, **size)).eval()
@@ -313,5 +335,5 @@ def test_a_training_step_never_holds_tokens_times_vocabulary():
     assert model.lm_head.weight.grad.abs().sum() > 0
     with Largest() as plain:
         model(tokens).logits.log_softmax(-1)
-    assert plain.elements >= 1000 * 8192  # the hook sees what it is there to see
+    assert plain.elements >= 1000 * 8192  # the hook does see the logits of the plain way
     assert ours.elements < 1000 * 8192 * 0.6

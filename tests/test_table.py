@@ -1,4 +1,4 @@
-"""The one table of the README: weight, mask and Z of each script, read back from autograd."""
+"""The table of the README: weight, mask and Z of each script, read back from autograd."""
 
 import re
 from math import exp, log
@@ -17,7 +17,7 @@ import rlhf_ppo
 import sft
 from experiments.weights import curves, read
 
-# what the tests below hold; a cell that is worded anew is to be held anew
+# what the tests below check; a new wording of a cell needs a new look at its test
 TABLE = {
     "sft.py": ("1", "response", "tokens of the optimizer batch", "test_weight_of_sft"),
     "rft_rejection.py": ("1", "response", "tokens", "test_weight_of_sft"),
@@ -49,7 +49,7 @@ TABLE = {
 }
 
 
-def test_the_table_says_what_is_held_here():
+def test_the_table_says_what_is_checked_here():
     rows = re.findall(
         r"^\| `(\w+\.py)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
         (ROOT / "README.md").read_text(),
@@ -60,14 +60,14 @@ def test_the_table_says_what_is_held_here():
 
 
 def on_two_tokens(loss_of):
-    """- mask weight / Z and logp of four rows of six tokens, of two words."""
+    """- mask weight / Z and logp of four rows of six tokens, for a vocabulary of two."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 6, 2, generator=g, dtype=torch.float64)
     return read(loss_of, logits, torch.randint(2, (4, 6), generator=g))
 
 
 def settings(**changed):
-    """The defaults of prefix_rft.py, which has all of them, with some changed."""
+    """The defaults of prefix_rft.py, which has all of them; some changed."""
     return SimpleNamespace(**vars(prefix_rft.parse_args([])) | changed)
 
 
@@ -90,7 +90,7 @@ def test_weight_of_sft(script):
 )
 def test_weight_of_grpo(how, z):
     """I_clip r A + beta (pi_ref / pi - 1)."""
-    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r: in and out
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r
 
     def loss(logp, _):
         old, ref = logp.detach() - shift, logp.detach() + 0.3
@@ -106,9 +106,9 @@ def test_weight_of_grpo(how, z):
 
 @pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])
 def test_weight_of_prefix_rft(how):
-    """A on the kept prefix tokens and on own tokens, 0 on the other prefix tokens, Z the same as without.
+    """A on the kept prefix tokens and on on-policy tokens, 0 on other prefix tokens; Z does not change.
 
-    An SFT loss has a Z of its own, the 4 prefix tokens, so its weight is 13 / 4.
+    An SFT loss divides by the 4 prefix tokens, so its weight is 13 / 4.
     """
     prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * torch.tensor([[1], [0], [0], [1]])  # 2 + 2 tokens
     entropy = torch.arange(24, dtype=torch.float64).view(4, 6)  # of the four, row 3 has the two largest
@@ -128,7 +128,7 @@ def test_weight_of_prefix_rft(how):
 
 @pytest.mark.parametrize("how", ["sft", "dft", "eaft", "idft"])
 def test_weight_of_idft(how):
-    """p^gamma; 1, p and H / log V are its neighbours."""
+    """IDFT: p^gamma; SFT, DFT, EAFT: 1, p, H / log V."""
     args, seen = idft_hinted.parse_args(["--weight", how]), []
 
     def loss(logp, entropy):
@@ -144,13 +144,13 @@ def test_weight_of_idft(how):
 
 @pytest.mark.parametrize("how", ["dpo", "simpo"])
 def test_weight_of_dpo(how):
-    """+ of the chosen and - of the rejected response, beta sigmoid(-h); of SimPO beta sigmoid(-h) / |y|."""
-    start = torch.tensor([-2.0, -1.0, -0.5, -3.0], dtype=torch.float64)
+    """beta sigmoid(-h), positive for the chosen and negative for the rejected response; SimPO: / |y|."""
+    initial = torch.tensor([-2.0, -1.0, -0.5, -3.0], dtype=torch.float64)
     args = dpo.parse_args(["--loss", how, "--beta", "0.3"])
-    factor, logp = on_two_tokens(lambda logp, _: dpo.dpo_loss(logp, start, TWO_MASK, 2, args)[0])
+    factor, logp = on_two_tokens(lambda logp, _: dpo.dpo_loss(logp, initial, TWO_MASK, 2, args)[0])
     whole, length = (logp * TWO_MASK).sum(1), TWO_MASK.sum(1)
     scale = torch.full((4,), 0.3) if how == "dpo" else 2.0 / length
-    reward = scale * (whole - start if how == "dpo" else whole)
+    reward = scale * (whole - initial if how == "dpo" else whole)
     for i in (0, 2):
         slope = torch.sigmoid(-(reward[i] - reward[i + 1] - (0.0 if how == "dpo" else 1.0)))
         for j, sign in ((i, 1), (i + 1, -1)):
@@ -158,7 +158,7 @@ def test_weight_of_dpo(how):
 
 
 def test_weight_of_rlhf():
-    """I_clip r A_t: of a response of n tokens A is a sum over later surprises, whitened over the batch."""
+    """I_clip r A_t: A_t is the sum of lambda^l delta_t+l over later tokens, whitened over the batch."""
     g = torch.Generator().manual_seed(2)
     score, on = torch.tensor([1.0, -0.5, 0.25, 2.0]), TWO_MASK.bool()
     value, log_ratio = torch.randn(2, 4, 6, generator=g) * TWO_MASK
@@ -173,10 +173,10 @@ def test_weight_of_rlhf():
                 after = value[i, u + 1] if u != at[-1] else 0.0
                 want[i, t] += 0.95**k * (reward[i, u] + after - value[i, u])
     want[on] = (want[on] - want[on].mean()) / want[on].std()
-    per_token = rlhf_ppo.tok.put_at_end(score, TWO_MASK) - 0.2 * log_ratio
+    per_token = score[:, None] * rlhf_ppo.last_token(TWO_MASK) - 0.2 * log_ratio
     A, _ = rlhf_ppo.gae(per_token, value, TWO_MASK, 0.95)
     A[on] = rlhf_ppo.advantages(A[on].view(1, -1), "grpo")[0]
-    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r: in and out
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r
     args = rlhf_ppo.parse_args(["--kl-coef", "0"])
 
     def loss(logp, _):
@@ -192,7 +192,7 @@ def test_weight_of_rlhf():
 
 
 def test_the_curves_of_the_figure():
-    """At p = .5 and the values that hand and paper give elsewhere."""
+    """Values computed by hand and from the papers."""
     at = {name: weight.tolist() for name, weight in curves(torch.tensor([0.1, 0.5, 0.9])).items()}
     assert at["SFT"] == [1, 1, 1] and at["DFT"] == pytest.approx([0.1, 0.5, 0.9])
     assert at["LUFFY"] == pytest.approx([0.25, 0.05 / 0.36, 0.09])  # its peak is at gamma = .1

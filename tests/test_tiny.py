@@ -1,4 +1,4 @@
-"""The tiny world: its data are right, disjoint and remade bit for bit; its model is as the datasheet says."""
+"""The tiny world: data are correct, disjoint and reproducible; the model is as its datasheet says."""
 
 import os
 import random
@@ -37,7 +37,7 @@ def model():
 
 
 def operations(question):
-    """(start, operations) read back from the words of a question, independently of the generator."""
+    """(start, operations), parsed from the words of a question, independently of the generator."""
     story = question.split(". How many")[0]
     verbs = {"gets": "+", "loses": "-"}
     ops = [
@@ -79,12 +79,12 @@ def test_golds_and_demonstrations(data):
             if split != "side":
                 assert solve(operations(row["question"])) == row["answer"]
                 assert style_of(row["solution"]) == style_of(row["noisy_solution"]) == "numbered"
-        wrong = sum(not verify(r["noisy_solution"], r["answer"]) for r in rows) / len(rows)
-        assert wrong == 0 if split == "side" else 0.4 < wrong < 0.6
+        incorrect = sum(not verify(r["noisy_solution"], r["answer"]) for r in rows) / len(rows)
+        assert incorrect == 0 if split == "side" else 0.4 < incorrect < 0.6
 
 
 def test_steps_of_demonstrations_follow_from_each_other(data):
-    """Each line of a right demonstration is true; an unreliable one has one false line or none."""
+    """Every line of a correct demonstration is true; a noisy one has at most one false line."""
     for row in data["train"]:
         for column in ("solution", "noisy_solution"):
             lines = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)\.", row[column])
@@ -112,7 +112,7 @@ def test_pretraining_never_sees_a_held_out_problem(stage):
     assert not {operations(q) if " has " in q else q for q in questions} & taken
 
 
-def test_data_files_are_remade_bit_for_bit(tmp_path):
+def test_data_files_are_reproducible_bit_for_bit(tmp_path):
     make_data(tmp_path)
     for split in SIZES:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (
@@ -131,13 +131,13 @@ def test_tokenizer(tok, data):
         "naïve 12×3 = 36 ∴ \\boxed{36}\n\ttabs  and spaces 日本",
     ):
         assert tok.decode(tok.encode(text, add_special_tokens=False)) == text
-    # Pinned: with another pre-tokenizer in its place the text would still round-trip, with other ids.
+    # another pre-tokenizer would round-trip too, but with other ids
     ids = tok.encode("So Step 1: 7 * 12 = 84. \\boxed{84}", add_special_tokens=False)
     assert tok.convert_ids_to_tokens(ids)[-17:] == "ĠStep Ġ1 : Ġ7 Ġ* Ġ1 2 Ġ= Ġ8 4 . Ġ\\ boxed { 8 4 }".split()
 
 
 def test_lengths(tok, data):
-    """What the scripts' defaults rest on: 100 new tokens for levels 1-6, 128 for 7 and 8."""
+    """The defaults of the scripts rely on this: 100 new tokens suffice for levels 1-6, 128 for 7 and 8."""
     longest = {s: max(len(tok.encode(t)) + 1 for t in data[s]["solution"]) for s in ("test", "harder")}
     assert longest["test"] <= 100 and longest["harder"] <= 128
     prompts = [len(encode_prompt(tok, q)) for s in longest for q in data[s]["question"]]
@@ -154,7 +154,7 @@ def test_model_folder(tok, model):
 
 
 def test_base_is_where_the_datasheet_says(model, tok, data):
-    """Solves some of the task, and in its own style: the room that post-training has."""
+    """It solves part of the task, in its own style: this is the room for post-training."""
     rows = list(data["train"])[:64]
     texts = sample(model, tok, [r["question"] for r in rows], 2, seed=0, max_new=48)
     flat = [t for ts in texts for t in ts]
@@ -175,16 +175,16 @@ def test_preferences(tok, tmp_path):
     pairs = load_dataset(str(TINY / "preferences"), cache_dir=str(tmp_path))
     assert {s: len(d) for s, d in pairs.items()} == {"train": 2000, "test": 300}
     assert not set(pairs["train"]["prompt"]) & set(pairs["test"]["prompt"])
-    right = [r["utility_chosen"] > r["utility_rejected"] for r in pairs["train"]]
-    wrong = [r["utility_chosen"] < r["utility_rejected"] for r in pairs["train"]]
-    assert sum(right) > 3 * sum(wrong) > 0, "the annotator is informative and fallible"
+    agrees = [r["utility_chosen"] > r["utility_rejected"] for r in pairs["train"]]
+    errs = [r["utility_chosen"] < r["utility_rejected"] for r in pairs["train"]]
+    assert sum(agrees) > 3 * sum(errs) > 0, "the annotator is informative and fallible"
     for row in pairs["test"]:
         answer = solve(operations(row["prompt"]))
         assert row["chosen"] != row["rejected"]
         assert utility(tok, row["chosen"], answer) == pytest.approx(row["utility_chosen"], abs=0.01)
 
 
-def test_a_slip_is_carried_on():
+def test_a_slip_changes_the_final_answer():
     rng = random.Random(0)
     for level in range(1, 9):
         p = draw_problem(rng, level)

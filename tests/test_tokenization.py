@@ -1,4 +1,4 @@
-"""Text to ids to masks: nothing of the prompt is trained, EOS is, and how a batch is cut changes nothing."""
+"""Text to ids to masks: EOS is trained, the prompt is not, and how a batch is split changes nothing."""
 
 import functools
 
@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.tokenization as tok
 import sft
+from common.plumbing import data as plumbing_data
+from common.plumbing import decoding
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=150)
 tiny_tokenizer = functools.cache(lambda: AutoTokenizer.from_pretrained(ROOT / "tiny/model"))
@@ -125,11 +127,11 @@ def test_stop_ids_are_those_of_the_tokenizer_and_of_the_config(config, stops, ti
 
 @PROPERTY
 @given(ids=st.lists(st.integers(0, 5), max_size=12), budget=st.integers(1, 14))
-def test_cut_ends_with_the_first_eos_or_the_budget(ids, budget):
-    out = tok.cut(ids, [0, 3], budget)
+def test_truncate_ends_at_the_first_eos_or_the_budget(ids, budget):
+    out = tok.truncate(ids, [0, 3], budget)
     assert out == ids[: len(out)] and len(out) <= budget
     assert not {0, 3} & set(out[:-1])  # nothing after an EOS
-    assert len(out) == min(len(ids), budget) or out[-1] in (0, 3)  # not shorter than it must be
+    assert len(out) == min(len(ids), budget) or out[-1] in (0, 3)  # as long as it may be
 
 
 @PROPERTY
@@ -162,37 +164,63 @@ def test_join_and_align(prompts, responses):
 
 
 @PROPERTY
-@given(data=st.data(), budget=st.integers(1, 60))
-def test_split_by_tokens(data, budget):
-    """A partition of the rows that have a response, within the budget, wide enough and no wider."""
+@given(data=st.data(), max_tokens=st.integers(1, 60), world_size=st.integers(1, 3))
+def test_micro_batches(data, max_tokens, world_size):
+    """Over all ranks each row with a response comes once; within the limit; as wide as the longest row."""
     shape = st.tuples(st.integers(1, 6), st.integers(0, 6))  # lengths of prompt and response
     lengths = data.draw(st.lists(shape, min_size=1, max_size=10))
-    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True))
-    _, mask = tok.join(*zip(*[([1] * p, [2] * r) for p, r in lengths]))
-    cut = tok.split_by_tokens(mask, rows, budget)
-    assert sorted(i for micro, _ in cut for i in micro) == sorted(i for i in rows if lengths[i][1])
-    for micro, width in cut:
-        assert width == max(sum(lengths[i]) for i in micro)
-        assert len(micro) == 1 or len(micro) * width <= budget
+    rows = data.draw(st.none() | st.lists(st.sampled_from(range(len(lengths))), unique=True))
+    tokens, mask = tok.join(*zip(*[([1] * p, [2] * r) for p, r in lengths]))
+    found = []
+    for rank in range(world_size):
+        for micro in tok.micro_batches(mask, max_tokens, (rank, world_size), rows):
+            batch, columns = micro
+            width = max(sum(lengths[i]) for i in batch)
+            assert tokens[micro].shape == (len(batch), width) and columns == slice(width)
+            assert tokens[micro].tolist() == [tokens[i, :width].tolist() for i in batch]
+            assert len(batch) == 1 or len(batch) * width <= max_tokens
+            found += batch
+    asked = range(len(lengths)) if rows is None else rows
+    assert sorted(found) == sorted(i for i in asked if lengths[i][1])
 
 
-def test_split_by_tokens_makes_few_micro_batches():
+def test_micro_batches_are_few():
     """As many rows as fit: 8 rows of 10 are two micro-batches of 40 tokens, or one of 80."""
     _, mask = tok.join([[1] * 4] * 8, [[2] * 6] * 8)
-    assert [len(tok.split_by_tokens(mask, range(8), budget)) for budget in (9, 40, 80)] == [8, 2, 1]
+    assert [len(tok.micro_batches(mask, most)) for most in (9, 40, 80)] == [8, 2, 1]
     _, mask = tok.join([[1]] * 4, [[2] * 9, [2] * 99, [2] * 9, [2] * 99])
-    assert tok.split_by_tokens(mask, range(4), 200) == [([1, 3], 100), ([0, 2], 10)]  # like lengths together
+    # rows of similar length go together
+    assert tok.micro_batches(mask, 200) == [([1, 3], slice(100)), ([0, 2], slice(10))]
+
+
+def test_ranks_have_the_same_mix_of_lengths():
+    """Each takes every n-th row, longest first."""
+    _, mask = tok.join([[1]] * 6, [[2] * n for n in (1, 6, 3, 5, 2, 4)])
+    parts = [tok.micro_batches(mask, 100, (rank, 2)) for rank in range(2)]
+    assert parts == [[([1, 5, 4], slice(7))], [([3, 2, 0], slice(6))]]
+
+
+# ---- data sets, rows that are sampled together -----------------------------------------------------------
 
 
 def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
     """openai/gsm8k has two of them, and none by default; a path with a colon that exists is a path."""
     seen, rows = [], datasets.Dataset.from_dict({"question": ["1 + 1?"]})
-    monkeypatch.setattr(tok, "get_dataset_split_names", lambda *name: seen.append(name) or ["train"])
-    monkeypatch.setattr(tok, "load_dataset", lambda **given: seen.append(given) or rows)
-    tok.load_split("openai/gsm8k:main", "train", {})
-    tok.load_split("owner/name", "train", {})
-    (folder := tmp_path / "a:b").mkdir()
-    tok.load_split(str(folder), "train", {})
+
+    def get_names(*name):
+        seen.append(name)
+        return ["train"]
+
+    def load(**given):
+        seen.append(given)
+        return rows
+
+    monkeypatch.setattr(plumbing_data, "get_dataset_split_names", get_names)
+    monkeypatch.setattr(plumbing_data, "load_dataset", load)
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    for path in ("openai/gsm8k:main", "owner/name", str(folder)):
+        plumbing_data.load_split(path, "train", {})
     assert seen == [
         ("openai/gsm8k", "main"),
         {"path": "openai/gsm8k", "name": "main", "split": "train"},
@@ -203,10 +231,17 @@ def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
     ]
 
 
-def test_what_is_sampled_together_has_like_lengths():
-    """At most `size` rows, and none beside one that is less than half as long, but for 256 tokens."""
+def test_rows_that_are_sampled_together_have_similar_lengths():
+    """At most `size` rows, none more than twice as long as another but for 256 tokens, shortest first."""
     lengths = [10, 20, 266, 277, 800, 811, 5000]
-    parts = tok.share(range(7), 10, lengths)
+    parts = decoding.batches(range(7), 10, lengths)
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4], [5], [6]]
-    assert [part.tolist() for part in tok.share([4, 1, 2], 2, [1] * 5)] == [[4, 1], [2]]
-    assert tok.share([], 2, []) == []
+    assert [part.tolist() for part in decoding.batches([4, 1, 2], 2, [1] * 5)] == [[4, 1], [2]]
+    assert [part.tolist() for part in decoding.batches([0, 1, 2], 9, [3, 1, 2])] == [[1, 2, 0]]
+    assert decoding.batches([], 2, []) == []
+
+
+def test_what_a_cache_holds_can_be_limited():
+    """max_tokens bounds rows x longest; a row that exceeds it alone is alone."""
+    parts = decoding.batches(range(4), 10, [10, 10, 20, 50], max_tokens=40)
+    assert [part.tolist() for part in parts] == [[0, 1], [2], [3]]

@@ -1,4 +1,4 @@
-"""No script holds the logits of what it trains on: a step of each, with every tensor's shape on record."""
+"""No script holds the logits of a whole batch: one step of each, with the shape of every tensor recorded."""
 
 import importlib
 from collections import Counter
@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from common import logprob
 
-GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2"  # all three log-probs
-METHODS = {  # flags that bring in every log-probability there is
+GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2"  # all three log-probabilities
+METHODS = {  # flags with which every log-probability is computed
     "sft": "",
     "rft_rejection": "--questions 16 --k 2 --add-gold",
     "idft_hinted": "",
@@ -20,13 +20,13 @@ METHODS = {  # flags that bring in every log-probability there is
     "prefix_rft": GROUP,
     "rlhf_ppo": "--batch-size 28 --preference-questions 6 --reward-epochs 1",
 }
-V, CHUNK = 479, 239  # the words of tiny/model, and a width that nothing but the kernel's chunks has
+V, CHUNK = 479, 239  # the vocabulary of tiny/model, and a width that only the kernel's chunks have
 
 
 class Rows(TorchDispatchMode):
-    """For each width, the most rows that a tensor of it had, whoever made it, forward or backward.
+    """For each width, the most rows that a tensor of this width had, in forward and backward passes.
 
-    A width is the last dimension or the first, of whatever arrangement: [B, T, V], [V, tokens].
+    A width is the last dimension or the first, as in [B, T, V] and [V, tokens].
     """
 
     def __init__(self):
@@ -44,11 +44,11 @@ class Rows(TorchDispatchMode):
 
 @pytest.fixture
 def step(small, tmp_path, monkeypatch):
-    """step(script): everything from loading to saving with one training step of one micro-batch."""
+    """step(script): from loading to saving, with one training step of one micro-batch."""
 
     def go(script):
         name = script.__name__
-        monkeypatch.setattr(logprob, "_chunk", lambda h, v: CHUNK)  # its own limit of 512 words is above V
+        monkeypatch.setattr(logprob, "_chunk", lambda h, v: CHUNK)  # its own limit, 512, is above V
         flags = "--steps 1 --batch-size 16 --micro-batch-tokens 99999 --max-new-tokens 24 --sample-rows 64"
         flags += f" --eval-questions 2 --eval-samples 0 --save-every 0 {METHODS[name]}"
         with Rows() as rows:
@@ -60,15 +60,15 @@ def step(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_step_makes_no_tokens_by_vocabulary_tensor(name, step):
-    """What is V wide: the head and its gradient, D = 128 rows, and a sampled token of 64 or 2 x 64 rows."""
+    """V wide are the head and its gradient, D = 128 rows, and a sampling step of 64 or 2 x 64 rows."""
     most = step(importlib.import_module(name))
-    assert most[V] == 128, f"{most[V]} rows of {V} words"
+    assert most[V] == 128, f"{most[V]} rows of {V} logits"
     assert most[CHUNK] > 2 * 128  # the tokens that went through the kernel at once
 
 
 @pytest.mark.parametrize("name", ["sft"])
 def test_a_script_that_makes_its_logits_is_seen(name, step, monkeypatch):
-    """The same step with the plain form instead of the kernel: the record has them."""
+    """The same step with the plain formula instead of the kernel: its logits are recorded."""
     script = importlib.import_module(name)
 
     def plain(hidden, weight, targets, temperature=1.0):

@@ -1,4 +1,4 @@
-"""Every bug of the zoo is killed by the test that it names, and that test passes without the bug."""
+"""For every bug of the zoo, the test that it names fails with the bug and passes without it."""
 
 import importlib
 import os
@@ -13,20 +13,21 @@ from workshop import BUGS, patched, run, workspace  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
 SOURCE = re.compile(r"[\w.-]+/[\w.-]+(#\d+|@[0-9a-f]{40}:[\w./-]+)")
-REFUSALS = {"AssertionError", "BadInput", "Failed"}  # the test's verdict or the script's, not an accident
+REFUSALS = {"AssertionError", "BadInput", "Failed"}  # verdicts of a test or a script; others are accidents
 
 
 @pytest.fixture(scope="module")
 def verdicts(request, tmp_path_factory):
-    """{name: (exit status, what happened)} of the bugs asked for; "clean": of their tests without any."""
-    asked = [i.callspec.params.get("name") for i in request.session.items if hasattr(i, "callspec")]
-    names = [name for name in BUGS if name in asked]
+    """{name: (exit status, results)} of the selected bugs; "clean" has the results without a bug."""
+    items = [item for item in request.session.items if hasattr(item, "callspec")]
+    selected = {item.callspec.params.get("name") for item in items}
+    names = [name for name in BUGS if name in selected]
     clean, stale = workspace(tmp_path_factory.mktemp("clean")), {}
     jobs = {"clean": (clean, sorted({BUGS[name]["killed_by"] for name in names}))}
     for name in names:
         try:
             changed = [patched(BUGS[name])]
-        except ValueError as error:  # its line has changed: that is this bug's failure alone
+        except ValueError as error:  # its line has changed: only this bug fails
             stale[name] = None, str(error)
         else:
             jobs[name] = workspace(tmp_path_factory.mktemp(name), changed), [BUGS[name]["killed_by"]]
@@ -35,26 +36,27 @@ def verdicts(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_killed(name, verdicts):
-    """Exit status 1, one test, failed in its body: neither a syntax error nor a test that is not there."""
+    """Exit status 1 and one test that failed in its body: no syntax error, no missing test."""
     status, seen = verdicts[name]
-    assert status == 1, f"the bug lives: exit status {status}, {seen}"
+    assert status == 1, f"the bug survives: exit status {status}, {seen}"
     [[node, phase, outcome, exception]] = seen
     assert (node, phase, outcome) == (BUGS[name]["killed_by"], "call", "failed")
-    assert exception in REFUSALS, f"an accident: {exception}"
+    assert exception in REFUSALS, f"not a verdict: {exception}"
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_its_killer_passes_without_it(name, verdicts):
     status, seen = verdicts["clean"]
-    mine = [x for x in seen if x[0] == BUGS[name]["killed_by"]]
-    assert mine == [[BUGS[name]["killed_by"], "call", "passed", None]], f"exit status {status} of all killers"
+    killer = BUGS[name]["killed_by"]
+    results = [result for result in seen if result[0] == killer]
+    assert results == [[killer, "call", "passed", None]], f"exit status {status} of all tests"
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_one_line_with_a_source(name):
     bug = BUGS[name]
     assert set(bug) - {"run"} == {"title", "file", "old", "new", "source", "symptom", "killed_by"}
-    if "run" in bug:  # flags that the script has
+    if "run" in bug:  # the script must have these flags
         importlib.import_module(bug["file"].removesuffix(".py")).parse_args(bug["run"].split())
     assert "\n" not in bug["old"] + bug["new"] and bug["old"] != bug["new"]
     compile(patched(bug)[1], bug["file"], "exec")

@@ -1,11 +1,11 @@
 """Make the tiny world that every script runs in by default: its data and a model of 0.9 M parameters.
 
-A model that is to be post-trained needs a past. This file gives it one, in the order in which things happen:
+Post-training needs a pre-trained model. This file makes one, in these stages:
 
-    data         train / test / harder / side as jsonl, demonstrations right and unreliable (see world.py)
-    tokenizer    byte-level BPE over a sample of the pre-training documents, one token a digit
-    pretrain     stage 1 teaches skills, stage 2 the (bad) habits that post-training is to change; then the
-                 export as an ordinary Hugging Face model folder, read back and compared
+    data         train / test / harder / side as jsonl, with reliable and unreliable demonstrations (world.py)
+    tokenizer    byte-level BPE over a sample of the pre-training documents, one token per digit
+    pretrain     stage 1 teaches skills, stage 2 the (bad) habits that post-training is meant to change; then
+                 the export as an ordinary Hugging Face model folder, which is read back and compared
     preferences  pairs sampled from the model, labelled by a simulated annotator
     datasheet    what the model can do before any post-training, measured and written into README.md
 
@@ -28,12 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # `python tiny/make_tiny.py` shall find common/ as pytest does
+sys.path.insert(0, str(HERE.parent))  # so that `python tiny/make_tiny.py` finds common/
 from common.verifier import verify  # noqa: E402
 from tiny.world import HINT, STAGES, document, held_out, make_data, read_jsonl, write_jsonl  # noqa: E402
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-BATCH, CHUNK = 16, 8  # documents a batch; batches that are drawn, sorted by length and cut together
+BATCH, CHUNK = 16, 8  # documents per batch; batches that are drawn, sorted by length and split together
 WARMUP, PROMPT_WEIGHT = 50, 0.05
 
 # -- tokenizer --------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def pretrain(work, taken, save_every=200):
         bos_token_id=None, eos_token_id=tok.token_to_id(EOS), pad_token_id=tok.token_to_id(PAD),
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    # Muon on the hidden matrices is far ahead of AdamW alone at this budget; the rest is not for it.
+    # Muon on the hidden matrices is far better than AdamW alone at this budget; AdamW takes the rest.
     is_hidden = {n: p.ndim == 2 and "embed" not in n for n, p in model.named_parameters()}
     muon = Muon([p for n, p in model.named_parameters() if is_hidden[n]])
     rest = [p for n, p in model.named_parameters() if not is_hidden[n]]
@@ -154,9 +154,8 @@ def pretrain(work, taken, save_every=200):
         for ids, weight in batches(tok, step // CHUNK, schedule(step)[0], taken):
             for group in muon.param_groups + adamw.param_groups:
                 group["lr"] = schedule(step)[1]
-            logits = model(ids).logits[
-                :, :-1
-            ]  # [B, T-1, V]; right padding needs no mask when attention is causal
+            # right padding needs no mask when attention is causal
+            logits = model(ids).logits[:, :-1]  # [B, T - 1, V]
             nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             loss = (nll * weight[:, 1:].flatten()).sum() / weight[:, 1:].sum()
             loss.backward()
@@ -168,7 +167,9 @@ def pretrain(work, taken, save_every=200):
         if step % save_every < CHUNK or step == last:
             print(f"pretrain {step}/{last}  loss {loss.item():.3f}  {time.time() - t0:.0f} s", flush=True)
             torch.save({"step": step, **{n: p.state_dict() for n, p in parts.items()}}, work / "pretrain.tmp")
-            (work / "pretrain.tmp").replace(ckpt)  # a kill while saving leaves the last checkpoint whole
+            (work / "pretrain.tmp").replace(
+                ckpt
+            )  # if killed while saving, the last checkpoint stays complete
     return model.eval()
 
 
@@ -228,14 +229,14 @@ def style_of(text):
 
 
 def utility(tok, text, answer):
-    """What the simulated annotator values. No script may look at it."""
+    """The gold reward of the simulated annotator. No method may read it."""
     shows_work = len(re.findall(r"\d+", text.split("\\boxed")[0])) >= 2
     too_long = max(0, len(tok.encode(text)) - 48)
     return 2.0 * verify(text, answer) + 1.0 * shows_work + 0.5 * ("\\boxed" in text) - 0.02 * too_long
 
 
 def make_preferences(model, tok, rows, folder, n_train=2000, n_test=300):
-    """Two responses to a question; an annotator of the Bradley-Terry kind, slope 2, says which is better."""
+    """Two responses to a question, ranked by a simulated Bradley-Terry annotator with slope 2."""
     rng, pairs, seen = random.Random("preferences"), [], set()
     for row, (a, b) in zip(rows, sample(model, tok, [r["question"] for r in rows], 2, seed=1), strict=True):
         if a == b or row["question"] in seen:  # nothing to compare; no question in both splits
@@ -263,9 +264,9 @@ def datasheet(model, tok, data, readme, k=8):
     table.append(["---"] * len(table[0]))
     for name, rows in sorted(groups.items()):
         texts = sample(model, tok, [r["question"] for r in rows], k, seed=2)
-        right = [[verify(t, r["answer"]) for t in ts] for r, ts in zip(rows, texts, strict=True)]
+        correct = [[verify(t, r["answer"]) for t in ts] for r, ts in zip(rows, texts, strict=True)]
         kinds = [style_of(t) for ts in texts for t in ts]
-        numbers = [sum(map(sum, right)) / len(kinds), sum(map(any, right)) / len(rows)]
+        numbers = [sum(map(sum, correct)) / len(kinds), sum(map(any, correct)) / len(rows)]
         numbers += [kinds.count(s) / len(kinds) for s in styles]
         if not name.startswith("side"):
             told = [ts[0] for ts in sample(model, tok, [HINT.format(**r) for r in rows], 1, seed=3)]
@@ -297,10 +298,8 @@ def main():
         make_tokenizer(work / "tokenizer", taken)
     if "pretrain" in args.stages:
         export(pretrain(work, taken), work, HERE / "model")
-    model, tok = (
-        AutoModelForCausalLM.from_pretrained(HERE / "model"),
-        AutoTokenizer.from_pretrained(HERE / "model"),
-    )
+    model = AutoModelForCausalLM.from_pretrained(HERE / "model")
+    tok = AutoTokenizer.from_pretrained(HERE / "model")
     if "preferences" in args.stages:
         make_preferences(model, tok, read_jsonl(data / "train.jsonl"), HERE / "preferences")
     if "datasheet" in args.stages:

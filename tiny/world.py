@@ -81,13 +81,13 @@ def draw_side(rng, kind):
 
 
 def demonstration(rng, p, slip=False):
-    """Numbered steps, every operation spelled out; with a slip one result is wrong and carried to the end."""
+    """Numbered steps, every operation spelled out; with a slip one incorrect result is carried on."""
     values = p["values"]
     while slip:
         k = rng.randint(1, len(p["ops"]))
-        wrong = p["values"][k] + rng.choice([-10, -2, -1, 1, 2, 10])
-        values = p["values"][:k] + running_values(wrong, p["ops"][k:])
-        slip = not all(1 <= v <= 99 for v in values)  # not a plausible slip: draw another one
+        incorrect = p["values"][k] + rng.choice([-10, -2, -1, 1, 2, 10])
+        values = p["values"][:k] + running_values(incorrect, p["ops"][k:])
+        slip = not all(1 <= v <= 99 for v in values)  # not a plausible slip: draw another
     steps = [f"Step {i + 1}: {values[i]} {op} {n} = {values[i + 1]}." for i, (op, n) in enumerate(p["ops"])]
     return " ".join([rng.choice(OPENINGS), *steps, rng.choice(CLOSINGS), f"\\boxed{{{values[-1]}}}"])
 

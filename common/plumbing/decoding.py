@@ -1,10 +1,10 @@
-"""The decode step under every script's `sample`: what is cached, how rows leave, how a GPU replays a step.
+"""The decode step under every script's `sample`: the cache, rows that leave, and how a GPU replays a step.
 
 A step appends one token to every row of a batch. Prompts are padded on the left, so all rows write the same
-column of the key-value buffers; buffers, mask and tokens stay at the same addresses from step to step and are
-changed in place, and nothing in a step asks the host. Such a step can be recorded as a CUDA graph and
-replayed, which matters: launching its thousand kernels from Python takes ten times as long as running them.
-On a CPU the same lines run eagerly. Only between steps does the host look, drop finished rows, add columns.
+column of the key-value buffers. Buffers, mask and tokens keep their addresses from step to step and are
+changed in place, and a step never asks the host. So it can be recorded as a CUDA graph and replayed: its
+thousand kernels take far longer to launch from Python than to run. On a CPU the same lines run eagerly.
+Only between steps does the host look at the rows, drop those that have finished, and add columns.
 """
 
 import torch
@@ -13,17 +13,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import common.tokenization as tok
-from common.plumbing import models, ranks
+from common.plumbing import models, ranks, recording
 
-# steps between two looks at the rows; columns that buffers grow by; the share of rows alive below which the
-# others leave. A look costs a CPU nothing and a GPU a stop; new shapes cost a GPU a recording, about 0.2 s
-LOOK = {"cpu": 1, "cuda": 32}
-COLUMNS = {"cpu": 64, "cuda": 256}
-LEAVE = {"cpu": 0.8, "cuda": 0.5}
-ENDED = []  # functions that are called with the number of rows that have ended since the last call
-
-
-# ---- which rows together ---------------------------------------------------------------------------------
+# a look costs a CPU nothing and a GPU a stop; new shapes cost a GPU a recording, about 0.2 s
+LOOK = {"cpu": 1, "cuda": 32}  # steps between two looks at the rows
+COLUMNS = {"cpu": 32, "cuda": 256}  # buffers grow by so many
+LEAVE = {"cpu": 0.9, "cuda": 0.5}  # finished rows leave when a smaller share is alive
+RECORD = {"cpu": False, "cuda": True}
+ENDED = []  # functions that are told how many rows have ended since the last time
 
 
 def batches(rows, size, lengths, max_tokens=float("inf")):
@@ -49,8 +46,8 @@ def batches(rows, size, lengths, max_tokens=float("inf")):
 class Cache(DynamicCache):
     """Keys and values in the dtype of activations; after `fix` in buffers [B, heads, columns, D] per layer.
 
-    RoPE's cosines are fp32, so under autocast bf16 keys become fp32; cached like that they would take twice
-    the memory and be cast for every token that is sampled.
+    RoPE's cosines are fp32, so under autocast bf16 keys become fp32. Cached like that they would take twice
+    the memory and be cast again for every token that is sampled.
     """
 
     checked = True  # `Batch` has looked whether the model has the positions: no step asks again
@@ -59,51 +56,59 @@ class Cache(DynamicCache):
         super().__init__(config=config)
         self.column = None  # where a step writes, [1]; None until `fix`
         self.visible = 0  # columns that attention sees
+        self.exact = False  # whether the last of these is the one that a step writes
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        if self.column is None:  # a prompt, or a model whose cache transformers manages
+        if self.column is None:  # prompts, or a model whose cache transformers manages
             kind = keys.device.type
             if torch.is_autocast_enabled(kind):
                 dtype = torch.get_autocast_dtype(kind)
                 keys, values = keys.to(dtype), values.to(dtype)
             return super().update(keys, values, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        layer.keys.index_copy_(2, self.column, keys.to(layer.keys.dtype))
-        layer.values.index_copy_(2, self.column, values.to(layer.values.dtype))
-        return layer.keys[:, :, : self.visible], layer.values[:, :, : self.visible]
+        return self.write(layer.keys, keys), self.write(layer.values, values)
 
-    def fix(self, used):
-        """From now on a step writes into column `used` and the following ones."""
-        self.column = torch.tensor([used], device=self.layers[0].keys.device)
+    def write(self, buffer, new):
+        """Put what is new into its column; what attention reads."""
+        if self.exact:  # on a CPU twice as fast
+            buffer[:, :, self.visible - 1 : self.visible] = new
+        else:
+            buffer.index_copy_(2, self.column, new.to(buffer.dtype))
+        return buffer[:, :, : self.visible]
 
-    def fit(self, rows, columns):
-        """Keep `rows` (None: all) and add columns, layer by layer: of one layer only there are two at a time."""
+    def fix(self, rows, more):
+        """These rows of the prompts, with `more` columns, of which the first is written first."""
+        layer = self.layers[0]
+        self.column = torch.tensor([layer.keys.shape[2]], device=layer.keys.device)
+        self.grow(more)
         for layer in self.layers:
-            layer.keys = resized(layer.keys, rows, 2, columns)
-            layer.values = resized(layer.values, rows, 2, columns)
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+
+    def grow(self, more):
+        for layer in self.layers:  # one by one: only of one layer there are two copies at a time
+            layer.keys = F.pad(layer.keys, (0, 0, 0, more))
+            layer.values = F.pad(layer.values, (0, 0, 0, more))
+
+    def move(self, sources, targets, rows):
+        """Copy the rows `sources` over the rows `targets`; only the first `rows` rows stay."""
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer.index_copy_(0, targets, buffer.index_select(0, sources))
+            layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
 
-def resized(x, rows, dim, columns, value=0.0):
-    """Rows of a buffer, None for all, with more columns along `dim`."""
-    if rows is not None:
-        x = x.index_select(0, rows)
-    if columns:
-        x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, columns), value=value)
-    return x
-
-
-def unlike(model, cache):
-    """Why a model cannot have a cache of fixed buffers, or why its step cannot be recorded; both "" if it can."""
+def obstacles(model, cache):
+    """What forbids buffers of fixed size, and what forbids recording; "" where nothing does."""
     config = model.config.get_text_config()
-    rope = str(getattr(config, "rope_parameters", None))
-    fixed = recorded = ""
+    rope = str(getattr(config, "rope_parameters", ""))
+    why = ""
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        fixed = "its attention has sliding windows"
+        why = "the model has sliding windows"
     elif getattr(config, "num_kv_shared_layers", 0):
-        fixed = "its layers share keys and values"
-    elif "'dynamic'" in rope or "'longrope'" in rope:
-        recorded = "its RoPE depends on the longest position"
-    return fixed, fixed or recorded
+        why = "layers of the model share keys and values"
+    elif "dynamic" in rope or "longrope" in rope:
+        return "", "the model's RoPE depends on the longest position"
+    return why, why
 
 
 # ---- a batch ---------------------------------------------------------------------------------------------
@@ -112,52 +117,54 @@ def unlike(model, cache):
 class Batch:
     """Rows that are decoded side by side. A row has one prompt, or one in each of several contexts.
 
-    For the draw of a script: `slot` [B], the number of each row at the start (rows leave, so row 3 of the
-    logits need not be row 3 of the prompts), and `t` [1], the number of tokens that all rows have by now.
+    `prompts` has the contexts of a row next to each other, `budgets` a number of tokens per row. A draw may
+    read `slot` [B], each row's number at the start (rows leave and move), and `t` [1], tokens drawn so far.
     """
 
-    def __init__(self, model, prompts, budgets, contexts=1, recorded=True):
-        device, width = model.device, max(map(len, prompts))
-        self.model, self.contexts, self.width, self.recorded = model, contexts, width, recorded
-        longest = max(len(prompt) + budget for prompt, budget in zip(prompts, budgets * contexts))
-        models.fits(model, longest - 1)  # the last token that is drawn is not read
+    @torch.no_grad()
+    def __init__(self, model, prompts, budgets, contexts=1):
+        lengths = [len(prompt) + budgets[i // contexts] for i, prompt in enumerate(prompts)]
+        models.fits(model, max(lengths) - 1)  # the last token that is drawn is not read
+        self.model, self.contexts, self.device = model, contexts, model.device
+        self.width = max(map(len, prompts))
 
-        # a prompt that several rows have is read once
+        rows = self.unfinished = len(budgets)
+        self.budget = torch.tensor(budgets, device=self.device)
+        self.alive = self.budget > 0
+        self.slot = torch.arange(rows, device=self.device)
+        self.t = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.ids = torch.full((rows, max(budgets)), -1, device=self.device)  # -1: not sampled
+        self.logps = torch.zeros(self.ids.shape, device=self.device)
+        self.read(prompts)
+
+    def read(self, prompts):
+        """Keys, values and logits of the prompts; one that several rows have is read once."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         place = {prompt: i for i, prompt in enumerate(distinct)}
-        copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-        tokens, mask = tok.pad(distinct, side="left", device=device)  # [distinct, width]
+        tokens, mask = tok.pad(distinct, side="left", device=self.device)  # [distinct, width]
         position = (mask.cumsum(1) - 1).clamp(min=0)  # counts real tokens: padding shifts nothing
-        self.cache = Cache(model.config)
+        self.cache = Cache(self.model.config)
         inputs = dict(attention_mask=mask, position_ids=position, past_key_values=self.cache)
-        logits = model(tokens, **inputs, logits_to_keep=1).logits  # [distinct, 1, V]
+        logits = self.model(tokens, **inputs, logits_to_keep=1).logits  # [distinct, 1, V]
 
-        # from a row for each distinct prompt to a row for each response
+        copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
         self.logits = logits[copies, -1].float()
-        self.position = position[copies, -1:]  # [B, 1] of the last token
-        self.token = torch.zeros_like(self.position)  # [B, 1], the last one
-        not_fixed, self.not_recorded = unlike(model, self.cache)
+        self.position = position[copies, -1:]  # [B, 1], of the last token
+        self.token = torch.zeros_like(self.position)  # [B, 1], the last token
+        not_fixed, self.not_recorded = obstacles(self.model, self.cache)
         if not_fixed:
             self.cache.batch_select_indices(copies)
             self.mask = mask[copies]  # [B, columns], 1 on what is read
-        else:
-            dtype = self.cache.layers[0].keys.dtype
-            self.cache.fit(copies, 0)
-            self.cache.fix(width)
-            # added to attention's scores, [B, 1, 1, columns]: of four dimensions transformers makes nothing else
-            closed = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(mask == 0, -torch.inf)
-            self.mask = closed[copies, None, None]
-
-        rows = self.unfinished = len(budgets)
-        self.budget = torch.tensor(budgets, device=device)
-        self.alive = self.budget > 0
-        self.slot = torch.arange(rows, device=device)
-        self.t = torch.zeros(1, dtype=torch.int64, device=device)
-        self.ids = torch.full((rows, max(budgets)), -1, device=device)  # -1: not sampled
-        self.logps = torch.zeros(self.ids.shape, device=device)
+            return
+        more = self.columns(self.width) - self.width
+        self.cache.fix(copies, more)
+        # added to the scores of attention; what has four dimensions transformers leaves as it is
+        dtype = self.cache.layers[0].keys.dtype
+        mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(mask == 0, -torch.inf)
+        self.mask = F.pad(mask, (0, more), value=-torch.inf)[copies, None, None]  # [B, 1, 1, columns]
 
     def next_logits(self):
-        """Logits after the last token, [contexts x B, V]; fp32 before any softmax."""
+        """Logits after the last token, [B x contexts, V]; fp32 before any softmax."""
         if self.cache.column is None:
             self.mask = mask = F.pad(self.mask, (0, 1), value=1)
         else:
@@ -170,63 +177,64 @@ class Batch:
         return logits
 
     def append(self, token, logp, ended):
-        """What has been drawn, all [B]; of rows that have finished nothing is kept, and they stay in place."""
+        """What has been drawn, all [B]; nothing is kept of finished rows, and their position stays."""
         where = (self.slot, self.t.expand_as(token))
         self.ids.index_put_(where, token.masked_fill(~self.alive, -1))
         self.logps.index_put_(where, logp)
         self.t += 1
         self.alive &= ~ended & (self.budget > self.t)
-        self.token.copy_(token.repeat(self.contexts)[:, None])
-        self.position += self.alive.repeat(self.contexts)[:, None]
+        self.token.view(-1, self.contexts).copy_(token[:, None])
+        self.position.view(-1, self.contexts).add_(self.alive[:, None])
 
-    def last_tokens(self, count):
-        """The last response tokens of each row, up to `count` of them: lists of ids; it asks the host."""
-        t = int(self.t)
-        last = self.ids[self.slot, max(0, t - count) : t].tolist()
-        return [[token for token in row if token >= 0] for row in last]
+    def columns(self, used):
+        """Columns of buffers of which `used` are in use; the longest budget needs no more."""
+        need = min(used + COLUMNS[self.device.type], self.width + self.ids.shape[1])
+        return -(-need // 16) * 16  # kernels of attention want multiples of 16
 
     def look(self, t, steps):
-        """Before the next `steps` steps, the first of which draws token t: is a row alive, did tensors move?"""
-        rows, kind = len(self.alive), self.token.device.type
+        """Before `steps` steps, beginning with token t: how many rows are alive, and did tensors move?"""
         alive = int(self.alive.sum())  # the only place where the host waits for the device
-        fixed, used = self.cache.column is not None, self.width + t - 1
-        more = 0
-        if fixed and used + steps > self.mask.shape[3]:
-            # multiples of 16 for the kernels of attention, no more than the longest budget needs
-            most = self.width + self.ids.shape[1]
-            columns = min(used + COLUMNS[kind], most)
-            more = -(-columns // 16) * 16 - self.mask.shape[3]
-        leave = alive < LEAVE[kind] * rows
-        if alive and (leave or more):
-            self.fit(self.alive.nonzero()[:, 0] if leave else None, more)
-        # what is not recorded need not look at columns that are not written yet
-        self.cache.visible = used + steps if kind == "cpu" and fixed else fixed and self.mask.shape[3]
-        return alive, bool(leave or more)
+        leave = 0 < alive < LEAVE[self.device.type] * len(self.alive)
+        if leave:
+            self.leave(alive)
+        used, columns = self.width + t - 1, self.mask.shape[-1]
+        grow = self.cache.column is not None and used + steps > columns
+        if grow:
+            more = self.columns(used) - columns
+            self.cache.grow(more)
+            self.mask = F.pad(self.mask, (0, more), value=-torch.inf)
+        # attention need not see columns before they are written, but a recorded step always sees the same
+        self.cache.exact = LOOK[self.device.type] == 1
+        self.cache.visible = used + 1 if self.cache.exact else self.mask.shape[-1]
+        return alive, leave or grow
 
-    def fit(self, keep, columns):
-        """Rows `keep` stay in all contexts (None: all rows); `columns` more for tokens to come."""
-        rows = None
-        if keep is not None:
-            rows = torch.cat([keep + i * len(self.alive) for i in range(self.contexts)])
-            self.token, self.position = self.token[rows], self.position[rows]
-            self.alive, self.budget, self.slot = self.alive[keep], self.budget[keep], self.slot[keep]
+    def leave(self, rows):
+        """Only the `rows` alive stay: the last of them take the seats of finished ones in front."""
+        free = (~self.alive[:rows]).nonzero()[:, 0]
+        order = torch.arange(rows, device=self.device)
+        order[free] = self.alive[rows:].nonzero()[:, 0] + rows
+        self.alive, self.budget, self.slot = self.alive[order], self.budget[order], self.slot[order]
+
+        # rows of the model's batch: those of each context
+        context = torch.arange(self.contexts, device=self.device)
+        targets = (free[:, None] * self.contexts + context).flatten()
+        order = (order[:, None] * self.contexts + context).flatten()
+        self.token, self.position, self.mask = self.token[order], self.position[order], self.mask[order]
         if self.cache.column is None:
-            self.cache.batch_select_indices(rows)
-            self.mask = self.mask[rows]
+            self.cache.batch_select_indices(order)
         else:
-            self.cache.fit(rows, columns)
-            self.mask = resized(self.mask, rows, 3, columns, value=-torch.inf)
+            self.cache.move(order[targets], targets, len(order))
 
-    def tell(self, alive):
-        """Tell a bar how many rows have ended."""
+    def tell_bar(self, alive):
         for function in ENDED:
             function(self.unfinished - alive)
         self.unfinished = alive
 
+    @torch.no_grad()
     def decode(self, draw, generator=None):
         """Ids and log-probabilities, [B, budget] on the CPU; -1 and 0 after the end of a response.
 
-        `draw` turns logits [contexts x B, V] into token, log-probability and whether the response has ended,
+        `draw` turns logits [B x contexts, V] into token, log-probability and whether the response has ended,
         all [B]. It must not ask the host anything. What else it remembers, it changes in place.
         """
 
@@ -235,48 +243,18 @@ class Batch:
 
         self.append(*draw(self.logits))
         self.logits = None
-        run = Replay(step, generator, self.not_recorded) if self.recorded else step
-        every, budget = LOOK[self.token.device.type], self.ids.shape[1]
+        every, budget = LOOK[self.device.type], self.ids.shape[1]
+        run = recording.Replay(step, generator, RECORD[self.device.type], self.not_recorded)
         for t in range(1, budget):
             if (t - 1) % every == 0:
                 alive, moved = self.look(t, min(every, budget - t))
-                self.tell(alive)
-                if moved and self.recorded:
+                self.tell_bar(alive)
+                if moved:
                     run.forget()
                 if not alive:
                     break
             run()
-        self.tell(0)
+        self.tell_bar(0)
+        self.cache = None  # its memory is the next batch's
         ids = self.ids.cpu()
         return ids, self.logps.cpu().masked_fill(ids < 0, 0.0)
-
-
-class Replay:
-    """A step that is run again and again; on a GPU it is recorded once per shape and then replayed."""
-
-    said = set()  # why something was not recorded; each reason is given once
-
-    def __init__(self, step, generator, not_recorded=""):
-        self.step, self.generator = step, generator
-        self.graph, self.warm = None, False
-        self.records = torch.cuda.is_available() and not not_recorded
-        if torch.cuda.is_available() and not_recorded and not_recorded not in self.said:
-            self.said.add(not_recorded)
-            print(f"sampling is not recorded as a CUDA graph: {not_recorded}")
-
-    def forget(self):
-        """Tensors have moved. The memory of a graph is freed with it: only one is alive at a time."""
-        self.graph, self.warm = None, False
-
-    def __call__(self):
-        if not (self.records and self.warm):
-            self.step()  # the first of a shape counts, and lets libraries allocate what they need
-            self.warm = True
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.step()  # nothing is computed while it is recorded
-        self.graph.replay()

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 def peak_memory():
     """Bytes: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes or KiB
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return torch.cuda.max_memory_allocated() or process
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def speed(metrics):

@@ -1,4 +1,4 @@
-"""Copies of the repository with other lines in them; its tests run in such a copy for the price of forks."""
+"""Copies of the repository with a changed line, and test runs in these copies, each in a fork."""
 
 import gc
 import json
@@ -14,22 +14,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = tomllib.loads((Path(__file__).parent / "bugs.toml").read_text())
-QUICK = ["--assert=plain", "-p", "no:unraisableexception", "-p", "no:cacheprovider"]  # half of a short run
-LINKED = ("tiny", "experiments", "docs", "README.md", "pyproject.toml")  # only read by tests
+# these take half of the time of a short run
+QUICK = ["--assert=plain", "-p", "no:unraisableexception", "-p", "no:cacheprovider"]
+LINKED = ("tiny", "experiments", "docs", "README.md", "pyproject.toml")  # tests only read these
 
 
 def patched(bug):
-    """(path, text) of the file with the bug in it; a fragment that is not on exactly one line is stale."""
+    """(path, text) of the file with the bug. A fragment that is not on exactly one line is stale."""
     lines = (ROOT / bug["file"]).read_text().split("\n")
     at = [i for i, line in enumerate(lines) if bug["old"] in line]
     if len(at) != 1 or lines[at[0]].count(bug["old"]) != 1:
-        raise ValueError(f"stale: {bug['old']!r} is on {len(at)} lines of {bug['file']}, not on one")
+        raise ValueError(f"stale: {bug['old']!r} is on {len(at)} lines of {bug['file']}, not on 1")
     lines[at[0]] = lines[at[0]].replace(bug["old"], bug["new"])
     return bug["file"], "\n".join(lines)
 
 
 def workspace(folder, changed=()):
-    """A copy of the scripts, common/ and tests/, with the texts of `changed` [(path, text), ...] in it."""
+    """A copy of the scripts, common/ and tests/ in which the files of `changed` have other texts.
+
+    `changed` is a list of (path, text).
+    """
     folder = Path(folder)
     for part in ("common", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "zoo"))
@@ -44,9 +48,10 @@ def workspace(folder, changed=()):
 
 
 def run(jobs):
-    """Runs {name: (folder, node ids)} and returns {name: (exit status, [(node, phase, outcome, exception)])}.
+    """Run {name: (folder, node ids)}; return {name: (exit status, [(node, phase, outcome, exception)])}.
 
-    One process imports the libraries and forks for each job, two at a time: a run costs its tests, no start.
+    One process imports the libraries and forks for each job, two at a time, so that no run has
+    to import them again.
     """
     with tempfile.TemporaryDirectory(prefix="zoo-") as out:
         orders = {name: (str(folder), list(nodes)) for name, (folder, nodes) in jobs.items()}
@@ -58,7 +63,7 @@ def run(jobs):
 
 
 class Watch:
-    """A pytest plugin: (node, phase, outcome, exception) of all that ran, and of what failed around it."""
+    """A pytest plugin: (node, phase, outcome, exception) of each test and of failures in its setup."""
 
     def __init__(self):
         self.seen = []
@@ -73,9 +78,9 @@ class Watch:
 
 
 def child(folder, nodes, result):
-    """In the forked process: pytest in the copy, silently; its verdict goes into a file."""
+    """In the forked process: run pytest in the copy without output and write the result to a file."""
     os.chdir(folder)
-    sys.path[0] = folder  # not the folder of this file
+    sys.path[0] = folder  # instead of the folder of this file
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -89,10 +94,11 @@ def serve(out):
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_DATASETS_CACHE": str(out / "cache"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.dont_write_bytecode = True
-    import datasets, hypothesis, sympy, torch, transformers  # noqa: E401, F401, I001  before the forks: once
+    # imported once, before the forks
+    import datasets, hypothesis, sympy, torch, transformers  # noqa: E401, F401, I001
     import transformers.models.gpt2.modeling_gpt2, transformers.models.llama.modeling_llama  # noqa: E401, F401
 
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
     gc.freeze()
     running = set()
     for i, (folder, nodes) in enumerate(json.loads((out / "jobs.json").read_text()).values()):
@@ -101,7 +107,7 @@ def serve(out):
         if not (pid := os.fork()):
             try:
                 child(folder, nodes, str(out / f"{i}.json"))
-            finally:  # whatever happened: the loop is the parent's
+            finally:  # in any case: the loop below belongs to the parent
                 os._exit(0)
         running.add(pid)
     while running:

@@ -1,0 +1,39 @@
+"""Recording: a step of decoding as a CUDA graph, recorded once for each shape and then replayed."""
+
+import torch
+
+
+class Replay:
+    """A step that runs again and again; where `records`, it is recorded once per shape and then replayed."""
+
+    said = set()  # why something was not recorded; each reason is given once
+
+    def __init__(self, step, generator, records, unless):
+        self.step, self.generator = step, generator
+        self.records = records and not unless
+        if records and unless and unless not in self.said:
+            self.said.add(unless)
+            print(f"sampling runs step by step, without a CUDA graph: {unless}")
+        self.forget()
+
+    def forget(self):
+        """Tensors have moved. A graph's memory is freed with it: only one is alive at a time."""
+        self.replay, self.warm = None, False
+
+    def __call__(self):
+        if self.records and self.warm:
+            self.replay = self.replay or record(self.step, self.generator)
+            self.replay()
+        else:
+            self.step()  # the first of a shape counts, and lets libraries allocate what they need
+        self.warm = True
+
+
+def record(step, generator):
+    """A function that repeats the kernels of `step` on the same addresses; nothing is computed here."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)  # each replay draws new numbers
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+        step()
+    return graph.replay
