@@ -1,4 +1,4 @@
-"""README and pages: size, links, numbers that are measured, and no phrase that only its author understands."""
+"""README and pages: size, links, measured numbers, and no phrase that only its author understands."""
 
 import ast
 import json
@@ -139,11 +139,13 @@ BANNED = r"""
 same story in|a line a step|carries no gradient|each path once|how small the evidence|every flag has a line
 hints without imitation|your own judgement|wants a high|\bshall\b|please the reward model|poorly known
 what it says, and|sharper than own|adopts the demonstrated style|what is solved at all|became narrower
-what came of it|own words forget|what it stands for|a judge who|what is unproven|holds this against|fore(seen|sees)
+what came of it|own words forget|what it stands for|a judge who|what is unproven|holds this against
+fore(seen|sees)
 missing is right|what it buys|did better than its group|what is said to the model
 one of each group is a hybrid|cannot be scored as it samples|holds no text|\bmend\b|what it steers|updates running
 a third and three times|own samples|foreign|start model|dead group|optimizer batch|side skills|hidden utility
-\bdice\b|\bharvest|right (and|or) wrong|all (right|wrong)|above and below a progress bar|(?<!learning )(?<!sampling )\brates?\b
+\bdice\b|\bharvest|right (and|or) wrong|all (right|wrong)
+above and below a progress bar|(?<!learning )(?<!sampling )\brates?\b
 """.strip().replace("\n", "|")
 
 # Phrases of files that have not been rewritten yet, and names of rows in records.
