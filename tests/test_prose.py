@@ -142,7 +142,8 @@ what it says, and|sharper than own|adopts the demonstrated style|what is solved 
 what came of it|own words forget|what it stands for|a judge who|what is unproven|holds this against
 fore(seen|sees)
 missing is right|what it buys|did better than its group|what is said to the model
-one of each group is a hybrid|cannot be scored as it samples|holds no text|\bmend\b|what it steers|updates running
+one of each group is a hybrid|cannot be scored as it samples
+holds no text|\bmend\b|what it steers|updates running
 a third and three times|own samples|foreign|start model|dead group|optimizer batch|side skills|hidden utility
 \bdice\b|\bharvest|right (and|or) wrong|all (right|wrong)
 above and below a progress bar|(?<!learning )(?<!sampling )\brates?\b
