@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 
@@ -55,8 +55,9 @@ def parse_args(argv=None):
     add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=3e-5, help="peak learning rate of AdamW")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(3e-5, 1e-6), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
@@ -70,6 +71,8 @@ def parse_args(argv=None):
     add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
     add("--loss", choices=["dpo", "simpo"], default="dpo", help="which reward log pi stands for")
@@ -113,7 +116,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
         batch = decoding.Batch(model, chosen, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
@@ -124,17 +127,16 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
-def load_pairs(args):
-    """(prompt, chosen, rejected) for each row of --pairs."""
-    columns = {f"column {key}:": key for key in ("prompt", "chosen", "rejected")}
-    rows = data.load_split(args.pairs, args.split, columns, "--pairs")
+def load_pairs(args, test=()):
+    """(prompt, chosen, rejected) for each row of --pairs that is not held out."""
+    rows = data.load_pairs(args.pairs, args.split, "--pairs", args, test)
     return list(zip(rows["prompt"], rows["chosen"], rows["rejected"]))
 
 
 def sample_pairs(model, tokenizer, rows, args):
     """(question, correct, incorrect) from k samples of each question; and the tokens sampled."""
-    rows = data.subset(rows, args.pair_questions)
-    questions = list(rows[args.question_key])
+    rows = data.subset(rows, args.pair_questions, args.seed)
+    questions = list(rows["question"])
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     responses, _ = sample(model, tokenizer, prompts * args.k, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
@@ -162,7 +164,7 @@ def logprobs(model, tokens, response_mask, temperature):
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
     targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    logp, entropy = token_logprobs(hidden, head, targets, temperature * model.logit_divisor)
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -181,12 +183,12 @@ def with_initial_logp(model, tokenizer, pairs, args):
     """Rows 2j and 2j + 1: chosen and rejected response of pair j, each with its log pi_0(y | x)."""
     rows = []
     for question, *both in pairs:
-        rows += [{args.question_key: question, args.solution_key: text} for text in both]
+        rows += [{"question": question, "solution": text} for text in both]
     for i in range(0, len(rows), args.sample_rows):
         part = rows[i : i + args.sample_rows]
-        questions = [row[args.question_key] for row in part]
+        questions = [row["question"] for row in part]
         prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
-        responses = [tok.encode_response(tokenizer, row[args.solution_key]) for row in part]
+        responses = [tok.encode_response(tokenizer, row["solution"]) for row in part]
         responses = [ids[: args.max_demo_tokens] for ids in responses]
         logp, _ = score(model, *tok.join(prompts, responses, model.device), args)  # [N, T]
         for row, total in zip(part, logp.sum(1).tolist()):
@@ -212,14 +214,12 @@ def dpo_loss(logp, initial_logp, response_mask, z, args):
 def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    with runs.evaluating():
+    prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
+    with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
-        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
-    texts = tok.decode_responses(tokenizer, greedy + sampled)
-    golds = list(rows["gold"]) * (1 + args.eval_samples)
-    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
+        prompts *= args.eval_samples
+        sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
+    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def kl_from_initial(model, prompts, responses, initial_logp, args):
@@ -233,7 +233,7 @@ def kl_from_initial(model, prompts, responses, initial_logp, args):
 
 def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
@@ -245,7 +245,7 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args)
-    pairs = load_pairs(args) if args.pairs and not args.resume else None
+    pairs = load_pairs(args, test) if args.pairs else None
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -256,8 +256,8 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+            first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
+            runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
             began, cost = time.time(), 0
             if not pairs:
                 pairs, cost = sample_pairs(model, tokenizer, train, args)
@@ -265,12 +265,12 @@ def main(args):
             spent = {"tokens_generated": cost, "seconds_sample": time.time() - began}
             runs.log(out, {"step": 0} | spent, rows)
             # for the KL: sampled once, scored as it will be scored again
-            prompts = tok.encode_prompts(tokenizer, test[args.question_key], args.prompt_template)
+            prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
             responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
             logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
             state["initial"] = (prompts, responses, logp.tolist())
         runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
-    train = data.load_split(str(out / "samples.jsonl"), "train", {})  # two rows per pair
+    train = data.load_samples(out)  # two rows per pair
     torch.manual_seed(args.seed)
     order = data.shuffled_batches(len(train) // 2, args.steps, args.batch_size)  # pair numbers
     print(f"one step: {args.batch_size} of {len(train) // 2:,} pairs")
@@ -286,9 +286,9 @@ def main(args):
         for pair in order[step - 1].tolist():
             rows += [2 * pair, 2 * pair + 1]
         batch = train[rows]  # column -> list
-        questions = batch[args.question_key]
+        questions = batch["question"]
         prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
-        solutions = batch[args.solution_key]
+        solutions = batch["solution"]
         responses = [tok.encode_response(tokenizer, text) for text in solutions]
         lengths = [len(ids) for ids in responses]
         truncated = sum(length > args.max_demo_tokens for length in lengths)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 
@@ -51,8 +51,9 @@ def parse_args(argv=None):
     add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
@@ -66,6 +67,8 @@ def parse_args(argv=None):
     add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
@@ -112,7 +115,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
         batch = decoding.Batch(model, chosen, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
@@ -132,7 +135,7 @@ def logprobs(model, tokens, response_mask, temperature):
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
     targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    logp, entropy = token_logprobs(hidden, head, targets, temperature * model.logit_divisor)
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -151,7 +154,7 @@ def score(model, tokens, response_mask, args):
 def rollout(model, tokenizer, rows, args):
     """G completions of each question with their rewards: a list of groups."""
     rows = [row for row in rows for _ in range(args.group_size)]
-    questions = [row[args.question_key] for row in rows]
+    questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
@@ -223,19 +226,17 @@ def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args)
 def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    with runs.evaluating():
+    prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
+    with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
-        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
-    texts = tok.decode_responses(tokenizer, greedy + sampled)
-    golds = list(rows["gold"]) * (1 + args.eval_samples)
-    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
+        prompts *= args.eval_samples
+        sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
+    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
@@ -261,8 +262,8 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+            first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
+            runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
     size = args.batch_size * args.group_size  # completions per step, N
     updates = args.epochs_per_batch * args.minibatches  # optimizer steps per step
     print(f"one step: {args.batch_size} x {args.group_size} completions, {updates} updates")

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 # a prompt format that the tiny model knows
@@ -59,8 +59,9 @@ def parse_args(argv=None):
     add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=9e-4, help="peak learning rate of AdamW")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
@@ -74,6 +75,8 @@ def parse_args(argv=None):
     add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
     weights = ["sft", "dft", "eaft", "idft"]
@@ -115,7 +118,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
         batch = decoding.Batch(model, chosen, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
@@ -164,7 +167,8 @@ def rewrite(model, tokenizer, hinted, student, args):
 
     ids = torch.full((len(hinted), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     lengths = [len(prompt) for prompt in hinted]
-    for rows in decoding.batches(range(len(hinted)), args.sample_rows, lengths):
+    at_once = memory.rows(model, lengths, args, contexts=2)
+    for rows in decoding.batches(range(len(hinted)), at_once, lengths):
         pairs = [prompts[i] for i in rows for prompts in (hinted, student)]
         budgets = [args.max_new_tokens] * len(rows)
         spelled = torch.zeros(len(rows), dtype=torch.int64, device=model.device)
@@ -183,7 +187,7 @@ def logprobs(model, tokens, response_mask, temperature):
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
     targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    logp, entropy = token_logprobs(hidden, head, targets, temperature * model.logit_divisor)
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -219,15 +223,15 @@ def judged(model, tokenizer, kind, questions, golds, prompts, responses, args):
     kept = correct & (lengths < args.max_new_tokens) & (kind != "demo")
     rows = []
     for question, text, keep in zip(questions, texts, kept.tolist()):
-        row = {"kind": kind, args.question_key: question, args.solution_key: text, "kept": keep}
+        row = {"kind": kind, "question": question, "solution": text, "kept": keep}
         rows.append(row)
     return metrics, rows
 
 
 def on_policy_demonstrations(model, tokenizer, rows, args):
     """The model's own solutions and, where these are incorrect, rewrites; `kept` says what to train."""
-    questions, golds = list(rows[args.question_key]), list(rows["gold"])
-    solutions = list(rows[args.solution_key])
+    questions, golds = list(rows["question"]), list(rows["gold"])
+    solutions = list(rows["solution"])
     hints = []
     for question, solution in zip(questions, solutions):
         hint = args.hint_template.replace("{solution}", solution)
@@ -273,19 +277,17 @@ def idft_loss(logp, entropy, response_mask, z, vocabulary, args):
 def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    with runs.evaluating():
+    prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
+    with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
-        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
-    texts = tok.decode_responses(tokenizer, greedy + sampled)
-    golds = list(rows["gold"]) * (1 + args.eval_samples)
-    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
+        prompts *= args.eval_samples
+        sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
+    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
@@ -307,9 +309,9 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
-            prompts = tok.encode_prompts(tokenizer, test[args.question_key], args.prompt_template)
+            first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
+            runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
+            prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
             own, _ = sample(model, tokenizer, prompts, args.temperature, args)
             phi = centered(model, prompts, own, args)  # [N]
             # mean 0 for any model; beyond 3 standard errors log p or H is wrong
@@ -317,11 +319,11 @@ def main(args):
             print(f"self-check: phi of on-policy samples is {errors:.1f} standard errors from 0")
             if args.hinted == "on":
                 train = data.with_gold(train, args)
-                rows = train[: args.steps * args.batch_size]  # as many as will be trained
+                rows = data.subset(train, args.steps * args.batch_size, args.seed)
                 runs.log(out, *on_policy_demonstrations(model, tokenizer, rows, args))
         runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
     if args.hinted == "on":  # train what samples.jsonl says
-        train = data.load_split(str(out / "samples.jsonl"), "train", {})
+        train = data.load_samples(out)
         train = train.filter(bool, input_columns="kept")
         nothing = "no own solution or rewrite is correct and ended by EOS; see --max-new-tokens."
         flags.demand(len(train), f"--hinted: {nothing}")
@@ -337,9 +339,9 @@ def main(args):
 
         # demonstrations
         batch = train[order[step - 1].tolist()]  # column -> list
-        questions = batch[args.question_key]
+        questions = batch["question"]
         prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
-        solutions = batch[args.solution_key]
+        solutions = batch["solution"]
         responses = [tok.encode_response(tokenizer, text) for text in solutions]
         lengths = [len(ids) for ids in responses]
         truncated = sum(length > args.max_demo_tokens for length in lengths)

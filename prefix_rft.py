@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.plumbing import data, decoding, evaluation, flags, models, ranks, runs
+from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 
@@ -53,8 +53,9 @@ def parse_args(argv=None):
     add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
@@ -68,6 +69,8 @@ def parse_args(argv=None):
     add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
@@ -122,7 +125,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
         batch = decoding.Batch(model, chosen, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
@@ -142,7 +145,7 @@ def logprobs(model, tokens, response_mask, temperature):
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
     targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    logp, entropy = token_logprobs(hidden, head, targets, temperature * model.logit_divisor)
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -160,9 +163,9 @@ def score(model, tokens, response_mask, args):
 # ---- the method ------------------------------------------------------------------------
 def draw_prefix(tokenizer, row, step, args):
     """y*_<L, the ids of a random prefix of the demonstration y*; empty if there is none."""
-    if args.prefix_schedule == "none" or not (row["demonstrated"] and row[args.solution_key]):
+    if args.prefix_schedule == "none" or not (row["demonstrated"] and row["solution"]):
         return []
-    ids = tok.encode_response(tokenizer, row[args.solution_key])  # y*, EOS included
+    ids = tok.encode_response(tokenizer, row["solution"])  # y*, EOS included
     if args.prefix_schedule == "full":
         return ids
     progress = 1.0
@@ -176,7 +179,7 @@ def draw_prefix(tokenizer, row, step, args):
 def rollout(model, tokenizer, rows, step, args):
     """G completions of each question with their rewards, the first a hybrid: a list of groups."""
     rows = [row for row in rows for _ in range(args.group_size)]
-    questions = [row[args.question_key] for row in rows]
+    questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
@@ -284,19 +287,17 @@ def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args)
 def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    with runs.evaluating():
+    prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
+    with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
-        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
-    texts = tok.decode_responses(tokenizer, greedy + sampled)
-    golds = list(rows["gold"]) * (1 + args.eval_samples)
-    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
+        prompts *= args.eval_samples
+        sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
+    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
@@ -309,8 +310,6 @@ def self_check(model, tokenizer, rows, args):
 def main(args):
     train, test = data.load_splits(args)
     torch.manual_seed(args.seed)
-    if args.prefix_schedule != "none":
-        data.demand_column(train, "--solution-key", args.solution_key)
     out, state, model, tokenizer = runs.open_run(args)
     reference = None
     if args.kl_coef:
@@ -326,8 +325,8 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+            first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
+            runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
     size = args.batch_size * args.group_size  # completions per step, N
     updates = args.epochs_per_batch * args.minibatches  # optimizer steps per step
     print(f"one step: {args.batch_size} x {args.group_size} completions, {updates} updates")

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import common.tokenization as tok
 from common.logprob import token_logprobs
-from common.plumbing import annotator, data, decoding, evaluation, flags, models, ranks, runs
+from common.plumbing import annotator, data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 
@@ -56,8 +56,9 @@ def parse_args(argv=None):
     add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
+    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=2e-4, help="peak learning rate of AdamW")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
@@ -71,6 +72,8 @@ def parse_args(argv=None):
     add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=2, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="grpo", help="with or without 1/std")
@@ -87,7 +90,7 @@ def parse_args(argv=None):
     add("--preference-questions", type=flags.integer(1), default=3000, help="training questions to rank")
     add("--slope", type=flags.number(0), default=2.0, help="precision of the simulated annotator; 0: random")
     add("--reward-model", help="folder or hub name of a reward model; runs stage 3 only")
-    add("--reward-lr", type=flags.number(0, 1), default=3e-4, help="peak learning rate of the reward model")
+    add("--reward-lr", type=flags.number(0, 1), default=flags.Rate(3e-4, 1e-5), help="of stage 2")
     add("--reward-epochs", type=flags.integer(1), default=2, help="passes over the preference pairs")
     add("--no-eos-score", type=flags.finite(-1e9), default=-2.0, help="reward of a truncated response")
     add("--value-clip", type=flags.number(0), default=0.2, help="how far V may move in a step")
@@ -127,7 +130,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, args.sample_rows, lengths):
+    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
         chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
         batch = decoding.Batch(model, chosen, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
@@ -138,12 +141,12 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
-def preferences(model, tokenizer, rows, out, args):
+def preferences(model, tokenizer, rows, out, args, test=()):
     """Stage 1: pairs from --preferences, or own samples as the annotator ranks them; by question."""
     if args.preferences:
-        return load_pairs(args.preferences, args.split, "--preferences")
+        return load_pairs(args.preferences, args.split, "--preferences", args, test)
     torch.manual_seed(args.seed)  # a resumed run samples the same and draws the same noise
-    rows = data.subset(rows, args.preference_questions)
+    rows = data.subset(rows, args.preference_questions, args.seed)
     path = out / "preferences.jsonl"
     done = 1 + max([pair["row"] for pair in runs.read_jsonl(path)], default=-1)
     groups = rollout(model, tokenizer, rows, args)
@@ -160,7 +163,7 @@ def preferences(model, tokenizer, rows, out, args):
         else:
             ranking = sorted(choices, key=lambda c: -args.slope * c["utility"] - c["luck"])
         write_pairs(path, row, ranking, ties=args.annotator == "human")
-    return load_pairs(str(path), "train", "--annotator")
+    return load_pairs(str(path), "train", "--annotator", args)
 
 
 def write_pairs(path, row, ranking, ties):
@@ -185,12 +188,11 @@ def write_pairs(path, row, ranking, ties):
     runs.append(path, pairs)
 
 
-def load_pairs(path, split, flag):
+def load_pairs(path, split, flag, args=None, test=()):
     """Pairs of a preference set with columns prompt, chosen, rejected: a list for each prompt."""
     ranks.barrier()  # the first rank has written
-    columns = {f"column {key}:": key for key in ("prompt", "chosen", "rejected")}
     groups = {}
-    for row in data.load_split(path, split, columns, flag):
+    for row in data.load_pairs(path, split, flag, args, test):
         groups.setdefault(row["prompt"], []).append(row)  # in the order of the file
     flags.demand(len(groups) > 1, f"{flag}: {path} has one prompt; none is left to hold out.")
     return list(groups.values())
@@ -205,7 +207,7 @@ def logprobs(model, tokens, response_mask, temperature):
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
     targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, temperature)
+    logp, entropy = token_logprobs(hidden, head, targets, temperature * model.logit_divisor)
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -266,7 +268,7 @@ def utility(tokenizer, text, gold):
 def rollout(model, tokenizer, rows, args):
     """G completions of each question: a list of groups."""
     rows = [row for row in rows for _ in range(args.group_size)]
-    questions = [row[args.question_key] for row in rows]
+    questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
@@ -399,14 +401,12 @@ def value_loss(value, old_value, returns, response_mask, inv_z, clip):
 def evaluate(model, tokenizer, rows, args):
     """Held-out greedy accuracy and pass@k, overall and for each level if the rows have one."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key], args.prompt_template)
-    with runs.evaluating():
+    prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
+    with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
-        sampled, _ = sample(model, tokenizer, prompts * args.eval_samples, 1.0, args)
-    texts = tok.decode_responses(tokenizer, greedy + sampled)
-    golds = list(rows["gold"]) * (1 + args.eval_samples)
-    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
-    return evaluation.verdict_counts(texts, math_reward(texts, golds), levels)
+        prompts *= args.eval_samples
+        sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
+    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
@@ -448,7 +448,7 @@ def agreement(scores, pairs, slope):
 
 def self_check(model, tokenizer, rows, args):
     """Sampling and scoring must be one distribution: the ratio of fresh samples is 1."""
-    prompts = tok.encode_prompts(tokenizer, rows[args.question_key][:8], args.prompt_template)
+    prompts = tok.encode_prompts(tokenizer, rows["question"][:8], args.prompt_template)
     responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     tokens, mask = tok.join(prompts, responses, model.device)  # [8, T]
     logp, _ = score(model, tokens, mask, args)
@@ -461,7 +461,7 @@ def self_check(model, tokenizer, rows, args):
 def main(args):
     train, test = data.load_splits(args, no_gold=args.annotator == "human")
     if args.preferences and not args.resume:
-        load_pairs(args.preferences, args.split, "--preferences")  # refuse before sampling
+        load_pairs(args.preferences, args.split, "--preferences", args, test)  # refuse early
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     reference, _ = models.load_model(args.model)  # pi_ref, frozen
@@ -476,12 +476,12 @@ def main(args):
     else:
         with autocast:
             self_check(model, tokenizer, test, args)
-            metrics = {"step": 0, "unparseable_gold": args.unparseable_gold}
-            runs.log(out, metrics | evaluate(model, tokenizer, test, args))
+            first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
+            runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
         runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)
     if not args.reward_model and "fitted" not in state:
         with autocast:
-            groups = preferences(model, tokenizer, train, out, args)
+            groups = preferences(model, tokenizer, train, out, args, test)
             if args.stop_after != "preferences":
                 fit_reward_model(model, tokenizer, groups, test, out, args)
                 state["fitted"] = True

@@ -27,7 +27,8 @@ def encode_prompts(tokenizer, questions, template="{question}"):
     """
     texts = [template.replace("{question}", question) for question in questions]
     if tokenizer.chat_template is None:
-        return [tokenizer.encode(f"Question: {text}\nAnswer:\n") for text in texts]
+        encoded = [tokenizer.encode(f"Question: {text}\nAnswer:\n") for text in texts]
+        return [without_end(tokenizer, ids) for ids in encoded]
     prompts = []
     for text in texts:
         ids = tokenizer.apply_chat_template(
@@ -37,6 +38,14 @@ def encode_prompts(tokenizer, questions, template="{question}"):
         )
         prompts.append(ids)
     return prompts
+
+
+def without_end(tokenizer, ids):
+    """The ids without special ones at their end. Some tokenizers append EOS, which ends no prompt."""
+    special = set(tokenizer.all_special_ids)
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    return ids
 
 
 def encode_response(tokenizer, text):

@@ -698,8 +698,9 @@ def verify(completion: str, gold: str) -> bool:
 
 
 def math_reward(completions: list[str], golds: list[str]) -> list[float]:
-    """1.0 for a right answer, 0.0 for anything else: no partial credit."""
-    return [float(verify(c, g)) for c, g in zip(completions, golds, strict=True)]
+    """1.0 for a right answer, 0.0 for anything else. A gold may have several answers, one a line."""
+    pairs = zip(completions, golds, strict=True)
+    return [float(any(verify(c, line) for line in g.split("\n"))) for c, g in pairs]
 
 
 def check_gold(gold: str) -> bool:

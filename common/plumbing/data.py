@@ -1,121 +1,57 @@
-"""Data sets: files, folders and hub names; their columns, gold answers, splits and held-out rows."""
+"""Data sets: questions, gold answers and demonstrations; splits and held-out rows; samples and batches."""
 
-import glob
+import hashlib
+import json
 import os
 
-import datasets
 import torch
-from datasets import get_dataset_split_names, load_dataset
-from transformers import AutoConfig, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoConfig
 
-from common.plumbing import flags, models, ranks
-from common.plumbing.flags import BadInput, demand, first_line
+from common.plumbing import configs, examples, flags, ranks
+from common.plumbing.columns import split_names
+from common.plumbing.flags import demand
+from common.plumbing.tables import key, load_pairs, load_questions, load_split, without_questions
 from common.tokenization import encode_prompts, encode_response
 from common.verifier import check_gold, extract_answer
 
-datasets.disable_progress_bars()  # there is one bar, the script's
-datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # BadInput reports an error, once
+__all__ = ["load_pairs", "load_split"]  # of tables.py, for the scripts
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-# ---- one split -------------------------------------------------------------------------------------------
+# ---- what a script reads ---------------------------------------------------------------------------------
 
 
-def split_names(path, flag):
-    """The names of the splits of a data set. A single file is one split, "train"."""
-    if os.path.isfile(path):
-        endings = ", ".join(FILES)
-        demand(path.endswith(FILES), f"{flag} {path}: the name of a data file must end in {endings}.")
-        return ["train"]
-    try:
-        return get_dataset_split_names(*configured(path))
-    except Exception as error:  # one of a dozen types, and every one of them is about the user's path
-        raise BadInput(f"{flag} {path}: no data file, folder or hub name ({first_line(error)}).") from None
-
-
-def configured(path):
-    """A hub name and its configuration, if one is given: openai/gsm8k:main."""
-    if ":" in path and not os.path.exists(path):
-        return path.rsplit(":", 1)
-    return [path]
-
-
-def load_split(path, split, columns, flag="--data"):
-    """One split of a data file, a folder, a hub name or name:configuration, memory-mapped.
-
-    `columns` maps the flag that names a column to the column. Each must exist and have text
-    in every row.
-    """
-    names = split_names(path, flag)
-    listed = ", ".join(names)
-    demand(split in names, f"{path}: no split {split}, only {listed}; see --split and --eval-split.")
-    if os.path.isfile(path):
-        demand(os.path.getsize(path) > 0, f"{flag} {path}: the file is empty.")
-        kind = path.rsplit(".", 1)[-1].replace("jsonl", "json")
-        source = {
-            "path": kind,
-            "data_files": glob.escape(path),  # a file name may contain [ or *
-        }
-    else:
-        source = dict(zip(("path", "name"), configured(path)))
-    try:
-        rows = load_dataset(**source, split=split)
-    except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        raise BadInput(f"{flag} {path}: {split} cannot be read ({reason}).") from None
-    demand(len(rows), f"{flag} {path}: {split} has no rows.")
-    for column_flag, column in columns.items():
-        demand_column(rows, column_flag, column)
-        for i, text in enumerate(rows[column]):
-            sentence = f"{column_flag} {column} is empty or not a string; fix or remove the row."
-            is_text = isinstance(text, str) and text.strip()
-            demand(is_text, f"{path}, {split}, row {i}: {sentence}")
-    return rows
-
-
-def demand_column(rows, flag, column):
-    """Demand that the rows have this column, which a flag names."""
-    listed = ", ".join(rows.column_names)
-    demand(column in rows.column_names, f"{flag} {column}: the data has no such column, only {listed}.")
+def load_samples(out):
+    """The rows of a run's samples.jsonl to train on: all but those of evaluations."""
+    with open(out / "samples.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rows = [row for row in rows if row.get("kind") != "evaluation"]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def check_lengths(rows, name, args, demonstrations=False):
-    """Each prompt and its response must fit into the positions of the model; demonstrations must be text.
+    """Each prompt and its response must fit into the positions of the model.
 
     A row is encoded only where that is in question: a token stands for at least one byte.
     """
-    solutions = []
-    if args.solution_key in rows.column_names:
-        solutions = rows[args.solution_key]
-    for i, text in enumerate(solutions):
-        sentence = f"--solution-key {args.solution_key} is not a string; fix or remove the row."
-        demand(text is None or isinstance(text, str), f"{name}, row {i}: {sentence}")
-    if args.resume:  # the first run has checked the rest
-        return
-
-    config = models.read_folder(AutoConfig, args.model, "--model")
-    tokenizer = models.read_folder(AutoTokenizer, args.model, "--model")
-    positions = models.max_positions(config)
-    try:
-        [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
-    except Exception as error:
-        reason = f"its chat template does not accept a question ({first_line(error)})"
-        raise BadInput(f"--model {args.model}: {reason}.") from None
-
+    config = configs.read_folder(AutoConfig, args.model, "--model")
+    tokenizer = configs.load_tokenizer(args)
+    positions = configs.max_positions(config)
+    [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
     budget = args.max_new_tokens
-    for i, question in enumerate(rows[args.question_key]):
-        solution = solutions[i] if demonstrations else ""
+    longest = getattr(args, "max_demo_tokens", None)  # responses that are not sampled end there
+    solutions = rows["solution"] if demonstrations else [""] * len(rows)
+    for i, (question, solution) in enumerate(zip(rows["question"], solutions)):
         most = max(budget, len(solution.encode()) + 1)  # + 1: EOS
         if len(frame) + len(question.encode()) + most <= positions:
             continue
         [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
+        most, lower = budget, "--max-new-tokens"
         if solution:
-            response = encode_response(tokenizer, solution)[: args.max_demo_tokens]
-            most = max(budget, len(response))
-        else:
-            most = budget
+            most = max(budget, len(encode_response(tokenizer, solution)[:longest]))
+            lower += " or --max-demo-tokens"
         need = f"{len(prompt)} tokens of prompt and {most} of response"
-        remedy = "lower --max-new-tokens or --max-demo-tokens, or remove the row"
+        remedy = f"lower {lower}, or remove the row"
         demand(
             len(prompt) + most <= positions,
             f"{name}, row {i}: {need} exceed the model's {positions} positions; {remedy}.",
@@ -129,51 +65,75 @@ def load_splits(args, demonstrations=False, no_gold=False):
     """Training and held-out rows, by --data --split --eval-data --eval-split --eval-questions.
 
     The held-out rows are --eval-split of --eval-data (or of --data), by default its split
-    "test". Where there is none, every tenth training row is held out and never trained on.
-    Held-out rows have a column `gold`. So have training rows, but with `demonstrations` they
-    need a solution instead. `no_gold`: data without gold answers will do, and then no
-    response is correct.
+    "test". Where there is none, a tenth of the questions is held out. No question that is held
+    out is trained on. Held-out rows have a column `gold`. So have training rows, but with
+    `demonstrations` they need a solution instead. `no_gold`: data without gold answers will
+    do, and then no response is correct.
     """
     ranks.shard()  # from here on only the first rank prints
     flags.check(args)
-    columns = {"--question-key": args.question_key}
-    solution = {"--solution-key": args.solution_key} if demonstrations else {}
-    train = load_split(args.data, args.split, columns | solution)
-    check_lengths(train, f"{args.data}, {args.split}", args, demonstrations)
-
-    path = args.eval_data or args.data
-    split = held_out_split(path, args)
+    configs.check_dtype(args)
+    flags.settle_rates(args, configs.is_small(args.model))
+    continues_demonstrations = getattr(args, "prefix_schedule", "none") != "none"
+    needs_column = demonstrations or continues_demonstrations
+    train = load_questions(args.data, args.split, args, "--data", needs_column, demonstrations, no_gold)
+    path, flag = args.eval_data or args.data, "--eval-data" if args.eval_data else "--data"
+    split = held_out_split(path, flag, args)
+    test = load_questions(path, split, args, flag, no_gold=no_gold) if split else None
+    if not args.resume:  # the first run has checked the rest
+        examples.look(train, f"{args.data}, {args.split}", args, needs_column)
+        check_lengths(train, f"{args.data}, {args.split}", args, demonstrations)
+        if split:
+            check_lengths(test, f"{path}, {split}", args)
     if split:
-        test = load_split(path, split, columns, "--eval-data")
-        check_lengths(test, f"{path}, {split}", args)
+        if args.steps:  # else nothing is trained
+            train = without_questions(train, "question", test["question"], f"{flag} {path}")
     else:
-        sentence = "one row cannot be both trained on and held out; give --eval-data."
-        demand(len(train) > 1, f"--data {path}: {sentence}")
-        print(
-            f"there is no split named test: every tenth row of {args.split} is held out and never trained on"
-        )
-        test = train.select(range(0, len(train), 10))
-        train = train.select([i for i in range(len(train)) if i % 10])
+        train, test = hold_out(train, args)
 
     args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
     if not demonstrations:
         train = with_gold(train, args, no_gold)
     test = with_gold(test, args, no_gold)
-    return train, subset(test, args.eval_questions)
+    if needs_column:
+        train = examples.check_budget(train, args)
+    test = subset(test, args.eval_questions, args.seed)
+    args.fingerprint = fingerprint(train, test)  # a resumed run must have the same rows
+    return train, test
 
 
-def held_out_split(path, args):
-    """The name of the split with the held-out rows; None where there is none."""
-    names = split_names(path, "--eval-data")
-    if path == args.data:
+def held_out_split(path, flag, args):
+    """The name of the split with the held-out rows; None where a part of the training split is held out."""
+    names = split_names(path, flag)
+    same = path == args.data
+    if os.path.exists(path) and os.path.exists(args.data):
+        same = os.path.samefile(path, args.data)
+    if same:
         names = [name for name in names if name != args.split]
-    if args.eval_split:
+    if args.eval_split and not (same and args.eval_split == args.split):
         return args.eval_split
+    if args.eval_split:
+        return None
     if "test" in names:
         return "test"
-    if args.eval_data and names:
-        return names[0]
-    return None
+    return names[0] if args.eval_data and names else None
+
+
+def hold_out(rows, args):
+    """Training and held-out rows: a tenth of the questions, by a hash, whatever their order and the seed.
+
+    A question that occurs several times is in one of them, and held out only once.
+    """
+    keys = [key(question) for question in rows["question"]]
+    ordered = sorted(set(keys), key=lambda text: hashlib.sha256(text.encode()).digest())
+    sentence = "one question cannot be both trained on and held out; give --eval-data."
+    demand(len(ordered) > 1, f"--data {args.data}: {sentence}")
+    held_out = set(ordered[: -(-len(ordered) // 10)])
+    sentence = f"a tenth of the questions of {args.split} is held out and never trained on"
+    print(f"there is no split named test: {sentence}")
+    first = {text: i for i, text in reversed(list(enumerate(keys)))}
+    train = [i for i, text in enumerate(keys) if text not in held_out]
+    return rows.select(train), rows.select(sorted(first[text] for text in held_out))
 
 
 def with_gold(rows, args, no_gold=False):
@@ -181,35 +141,54 @@ def with_gold(rows, args, no_gold=False):
 
     The answer column has the bare answer or a text that ends in it (GSM8K's ####, MATH's
     \\boxed{}, "The answer is"). Without such a column the gold is what the solution ends in.
-    A demonstration may be incorrect, a gold may not: then it has a column of its own.
+    A demonstration may be incorrect, a gold may not: then it has a column of its own. Of
+    several answers each is correct: `gold` has one a line.
     """
-    has_answers = args.answer_key in rows.column_names
-    column = args.answer_key if has_answers else args.solution_key
+    if "gold" in rows.column_names:  # it is read again
+        rows = rows.remove_columns("gold")
+    has_answers = "answer" in rows.column_names
+    column = "answer" if has_answers else "solution"
     if no_gold and column not in rows.column_names:
         print(f"{len(rows):,} questions without a gold answer: every response counts as incorrect")
-        return without_ours(rows).add_column("gold", [""] * len(rows))
-    listed = ", ".join(rows.column_names)
-    sentence = f"--answer-key {args.answer_key}, --solution-key {args.solution_key}: no such column"
-    demand(column in rows.column_names, f"{sentence}, only {listed}.")
-
+        return rows.add_column("gold", [""] * len(rows))
     golds = []
-    for text in rows[column]:
-        text = "" if text is None else str(text).strip()
-        is_bare = has_answers and not any(mark in text.lower() for mark in MARKS)
-        golds.append(text if is_bare else extract_answer(text))
-    parsed = [i for i, gold in enumerate(golds) if gold and check_gold(gold)]
-    print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {column})")
-    demand(parsed, f"--answer-key {column}: not one gold answer parses.")
+    for cell in rows[column]:
+        answers = []
+        for text in cell if isinstance(cell, list) else [cell or ""]:
+            text = text.strip()
+            is_bare = has_answers and not any(mark in text.lower() for mark in MARKS)
+            answers.append(text if is_bare else extract_answer(text))
+        answers = [" ".join(answer.split()) for answer in answers if answer and check_gold(answer)]
+        golds.append("\n".join(dict.fromkeys(answers)))
+    parsed = [i for i, gold in enumerate(golds) if gold]
+    name = args.answer_key if has_answers else args.solution_key
+    print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {name})")
+    demand(parsed, f"--{column}-key {name}: not one gold answer parses.")
     args.unparseable_gold += len(rows) - len(parsed)
-    return without_ours(rows).add_column("gold", golds).select(parsed)
+    return rows.add_column("gold", golds).select(parsed)
 
 
 MARKS = ("\\boxed", "####", "answer is", "answer:")  # what comes before the answer in a longer text
 
 
-def subset(rows, count):
-    """At most `count` of the rows; 0 means all of them."""
-    return rows.select(range(min(count or len(rows), len(rows))))
+def fingerprint(*splits):
+    """A hash of all rows."""
+    digest = hashlib.sha256()
+    for rows in splits:
+        for name in rows.column_names:
+            digest.update(repr((name, rows[name][:])).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- samples and batches ---------------------------------------------------------------------------------
+
+
+def subset(rows, count, seed):
+    """A random sample of `count` rows, in their order; 0 means all. A larger one has those of a smaller."""
+    if not count or count >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows.select(sorted(order[:count].tolist()))
 
 
 def shuffled_batches(rows, steps, batch_size):
@@ -217,9 +196,3 @@ def shuffled_batches(rows, steps, batch_size):
     epochs = steps * batch_size // rows + 1
     order = torch.cat([torch.randperm(rows) for _ in range(epochs)])
     return order.split(batch_size)
-
-
-def without_ours(rows):
-    """The rows without columns of the names that scripts add: those of the data are not read."""
-    ours = [name for name in ("gold", "demonstrated") if name in rows.column_names]
-    return rows.remove_columns(ours)

@@ -20,6 +20,7 @@ LOOK = {"cpu": 1, "cuda": 32}  # steps between two looks at the rows
 COLUMNS = {"cpu": 32, "cuda": 256}  # buffers grow by so many
 LEAVE = {"cpu": 0.9, "cuda": 0.5}  # finished rows leave when a smaller share is alive
 RECORD = {"cpu": False, "cuda": True}
+ENDED = []  # functions that are told how many rows have ended since the last time
 
 
 def batches(rows, size, lengths, max_tokens=float("inf")):
@@ -127,7 +128,7 @@ class Batch:
         self.model, self.contexts, self.device = model, contexts, model.device
         self.width = max(map(len, prompts))
 
-        rows = len(budgets)
+        rows = self.unfinished = len(budgets)
         self.budget = torch.tensor(budgets, device=self.device)
         self.alive = self.budget > 0
         self.slot = torch.arange(rows, device=self.device)
@@ -224,6 +225,11 @@ class Batch:
         else:
             self.cache.move(order[targets], targets, len(order))
 
+    def tell_bar(self, alive):
+        for function in ENDED:
+            function(self.unfinished - alive)
+        self.unfinished = alive
+
     @torch.no_grad()
     def decode(self, draw, generator=None):
         """Ids and log-probabilities, [B, budget] on the CPU; -1 and 0 after the end of a response.
@@ -242,11 +248,13 @@ class Batch:
         for t in range(1, budget):
             if (t - 1) % every == 0:
                 alive, moved = self.look(t, min(every, budget - t))
+                self.tell_bar(alive)
                 if moved:
                     run.forget()
                 if not alive:
                     break
             run()
+        self.tell_bar(0)
         self.cache = None  # its memory is the next batch's
         ids = self.ids.cpu()
         return ids, self.logps.cpu().masked_fill(ids < 0, 0.0)

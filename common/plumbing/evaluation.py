@@ -3,7 +3,10 @@
 from math import comb
 
 from common.plumbing import flags
+from common.tokenization import decode_responses
 from common.verifier import extract_answer
+
+HIGH = 0.2  # a share of truncated responses above which more tokens are worth a hint
 
 
 def pass_at_k(correct, n, k):
@@ -14,6 +17,38 @@ def pass_at_k(correct, n, k):
     """
     missed = [comb(n - c, k) / comb(n, k) for c in correct]
     return 1 - sum(missed) / len(missed)
+
+
+def report(tokenizer, rows, responses, judge, args):
+    """What an evaluation logs: `verdict_counts`, and as `completions` its texts, for samples.jsonl.
+
+    responses: the greedy ones to all questions first, then rounds of samples; `judge` is
+    math_reward.
+    """
+    rounds = len(responses) // len(rows)
+    texts = decode_responses(tokenizer, responses)
+    questions, golds = list(rows["question"]) * rounds, list(rows["gold"]) * rounds
+    verdicts = judge(texts, golds)
+    levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
+    metrics = verdict_counts(texts, verdicts, levels)
+
+    metrics["completions"] = []
+    for i, text in enumerate(texts):
+        completion = {
+            "kind": "evaluation",
+            "question": questions[i],
+            "text": text,
+            "gold": golds[i],
+            "correct": verdicts[i],
+            "truncated": len(responses[i]) >= args.max_new_tokens,
+            "temperature": 0.0 if i < len(rows) else args.eval_temperature,
+        }
+        metrics["completions"].append(completion)
+    share = sum(c["truncated"] for c in metrics["completions"]) / len(texts)
+    if share:
+        hint = "; raise it, an answer that is cut off is rarely correct" if share > HIGH else ""
+        print(f"{share:.0%} of the responses were truncated at --max-new-tokens {args.max_new_tokens}{hint}")
+    return metrics
 
 
 def verdict_counts(texts, verdicts, levels):
@@ -52,7 +87,8 @@ def check_ratio(ratio, mask, args):
     print(f"self-check: max |ratio - 1| = {gap.max():.0e} on {tokens} sampled tokens")
     # the mean, because one token of many thousand may be far off by rounding alone
     limit = 1e-4 if args.dtype == "fp32" else 0.1  # bf16 has 3 digits
-    sentence = "its log-probabilities in sampling and in scoring disagree; report it with the model's name."
+    sentence = "its log-probabilities in sampling and in scoring disagree: its logits are not hidden states"
+    sentence += " times the weights of its head, or depend on padding; use another model."
     flags.demand(gap.sum() < limit * tokens, f"--model {args.model}: {sentence}")
 
 

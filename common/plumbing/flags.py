@@ -29,10 +29,12 @@ def demand(condition, sentence):
         raise BadInput(sentence)
 
 
-def first_line(error):
-    """The first line of an exception's message, or its type if it has no message."""
-    message = str(error).strip() or type(error).__name__
-    return message.splitlines()[0]
+def one_line(error, most=400):
+    """An exception's message on one line, or its type if it has none. The part that helps may come last."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if len(message) > most:
+        message = f"{message[: most // 2]} ... {message[-most // 2 :]}"
+    return message.rstrip(".")
 
 
 # ---- the parser ------------------------------------------------------------------------------------------
@@ -129,6 +131,29 @@ def within(least, most, value, text):
 steps = integer(0, 10**6 - 1)  # the random draws of step s are seeded with seed * 10**6 + s
 
 
+class Rate(float):
+    """The default of a learning rate: that of the tiny world, and `real`, usual for real models.
+
+    A rate that the user gives is a plain float.
+    """
+
+    def __new__(cls, tiny, real):
+        rate = super().__new__(cls, tiny)
+        rate.usual = real
+        return rate
+
+
+def settle_rates(args, is_small):
+    """Replace default rates by those of the model's size; a real model at the tiny world's rate is ruined."""
+    for name, rate in list(vars(args).items()):
+        if isinstance(rate, Rate):
+            setattr(args, name, float(rate) if is_small else rate.usual)
+            if not is_small:
+                flag = "--" + name.replace("_", "-")
+                sentence = f"{rate.usual:g}, usual for real models; {rate:g} is for the tiny world"
+                print(f"{flag} is not given: {sentence}")
+
+
 # ---- combinations ----------------------------------------------------------------------------------------
 
 
@@ -162,6 +187,10 @@ def check(args):
     if given.get("kl_target"):
         sentence = "it adapts --kl-coef multiplicatively, so --kl-coef must be above 0."
         demand(args.kl_coef, f"--kl-target {args.kl_target}: {sentence}")
+
+    if "eval_first" in given and not args.steps:
+        sentence = "with --steps 0 there would be nothing to do; leave one of them out."
+        demand(args.eval_first == "on", f"--eval-first off: {sentence}")
 
     sentence = "the model would not see the question; write {question} where it belongs."
     demand("{question}" in args.prompt_template, f"--prompt-template: {sentence}")

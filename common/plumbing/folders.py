@@ -1,5 +1,6 @@
 """Run folders on disk: what is in one, whether it can be continued, and what may be moved aside."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -8,15 +9,56 @@ from importlib.metadata import version
 from pathlib import Path
 
 from common.plumbing import weights
-from common.plumbing.flags import BadInput, demand, first_line
+from common.plumbing.flags import BadInput, demand, one_line
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+
+# ---- one owner -------------------------------------------------------------------------------------------
+
+OWNED = {}  # (process, file system, inode) -> the open file that holds the lock, as long as the process lives
+
+
+def claim(out):
+    """Whether this process is the only one that writes to a run folder; a folder that is not there is free.
+
+    The lock is one of the process: it ends with it, however it ends, and no child inherits it.
+    Nothing else may open the file, because closing it would end the lock.
+    """
+    if not out.is_dir():
+        return True
+    path = out / ".lock"
+    if path.exists() and identity(path) in OWNED:
+        return True
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        print(f"--output-dir {out}: its file system has no locks; see that no other process uses this folder")
+    OWNED[identity(file.fileno())] = file
+    return path.exists() and identity(path) in OWNED  # or the folder has just been moved aside
+
+
+def identity(file):
+    """What a lock belongs to: a file, by whatever name, and a process."""
+    stat = os.stat(file)
+    return os.getpid(), stat.st_dev, stat.st_ino
+
+
+def taken(out):
+    """The refusal of a folder that another process writes to."""
+    remedy = "wait until it has ended, stop it, or choose another folder"
+    return BadInput(f"--output-dir {out}: another process is writing to this folder; {remedy}.")
+
 
 # ---- a new run -------------------------------------------------------------------------------------------
 
 
 def open_folder(out, state, args, model_bytes):
     """Make the folder ready for the step after `state`."""
+    if not claim(out):  # it may have been made while the model was read
+        raise taken(out)
     if args.resume:
         for name, size in state["written"].items():
             complete = (out / name).stat().st_size >= size
@@ -32,6 +74,8 @@ def open_folder(out, state, args, model_bytes):
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         move_aside(out, args)
     out.mkdir(parents=True, exist_ok=True)
+    if not claim(out):
+        raise taken(out)
     half = out / "args.json.half"
     half.write_text(json.dumps(vars(args) | environment(), indent=1))
     half.rename(out / "args.json")  # under this name it is complete
@@ -79,7 +123,7 @@ def load_state(folder, args):
         state = weights.read_state(folder)
     except Exception as error:
         damaged = f"state.json or a state*.safetensors in {folder} is damaged or missing"
-        raise BadInput(f"--resume: {damaged} ({first_line(error)}); start without --resume.") from None
+        raise BadInput(f"--resume: {damaged} ({one_line(error)}); start without --resume.") from None
     same_arguments(state["args"], args)
     return state
 
@@ -89,8 +133,11 @@ def same_arguments(first, args):
     # unparseable_gold is not given but counted
     may_differ = ("resume", "output_dir", "stop_after", "unparseable_gold")
     names = [name for name in vars(args) if name in first and name not in may_differ]
-    changed = ", ".join(name for name in names if first[name] != getattr(args, name))
-    demand(not changed, f"--resume: {changed} differ from the first run; give the same arguments.")
+    changed = [name for name in names if first[name] != getattr(args, name)]
+    sentence = "the rows of --data or --eval-data have changed since the first run; start without --resume."
+    demand(changed != ["fingerprint"], f"--resume: {sentence}")
+    flags = ", ".join("--" + name.replace("_", "-") for name in changed if name != "fingerprint")
+    demand(not changed, f"--resume: {flags} differ from the first run; give the same arguments.")
 
 
 def unwritable(path, error):
@@ -98,4 +145,4 @@ def unwritable(path, error):
     whole = checkpoints(path.parent)
     last = whole[-1] if whole else "none"
     remedy = f"free some space and continue with --resume; last complete checkpoint: {last}"
-    return BadInput(f"--output-dir: {path} cannot be written ({first_line(error)}); {remedy}.")
+    return BadInput(f"--output-dir: {path} cannot be written ({one_line(error)}); {remedy}.")

@@ -19,28 +19,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from common.plumbing import ranks
-from common.plumbing.flags import BadInput, demand, first_line
-from common.tokenization import as_list, stop_ids
+from common.plumbing.configs import (
+    cannot_load,
+    demand_eos,
+    demand_labels,
+    max_positions,
+    read_folder,
+    write_stop_ids,
+)
+from common.plumbing.flags import BadInput, demand, one_line
+from common.plumbing.heads import logit_divisor
 
 transformers.utils.logging.disable_progress_bar()  # there is one bar, the script's
 transformers.utils.logging.set_verbosity_error()  # the warnings that matter are errors below
 
-MODEL_FOLDER = "it must be a folder or hub name with config.json, a tokenizer and weights in .safetensors"
-
 # ---- language models -------------------------------------------------------------------------------------
-
-
-def read_folder(kind, source, flag):
-    """A configuration or a tokenizer (`kind`: AutoConfig or AutoTokenizer) of a folder or hub name."""
-    try:
-        return kind.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise cannot_load(flag, source, error) from None
-
-
-def cannot_load(flag, source, error):
-    """The error may be of a dozen types; every one of them is about the user's folder."""
-    return BadInput(f"{flag} {source} cannot be loaded ({first_line(error)}); {MODEL_FOLDER}.")
 
 
 def load_model(source, recompute=False, flag="--model"):
@@ -74,24 +67,13 @@ def check_model(model, tokenizer, missing, name):
     for key, p in model.named_parameters():
         demand(p.isfinite().all(), f"{name}: {key} contains NaN or inf; use an earlier checkpoint.")
 
-    # common/logprob.py computes logits as hidden states times weights, and nothing else
-    config = model.config.get_text_config()
-    remedy = "which common/logprob.py does not support; use another model."
-    softcap = getattr(config, "final_logit_softcapping", None)
-    demand(not softcap, f"{name}: its logits have a soft cap, {remedy}")
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    demand(bias is None, f"{name}: its output layer has a bias, {remedy}")
-
+    model.logit_divisor = logit_divisor(model, name)
     layers = DynamicCache(config=model.config).layers
     can_drop_rows = all(hasattr(layer, "batch_select_indices") for layer in layers)
     demand(can_drop_rows, f"{name}: sampling needs attention in all its layers; use another model.")
 
-    has_eos = tokenizer.eos_token_id is not None
-    demand(has_eos, f"{name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json.")
-    stops = {*stop_ids(tokenizer, config), *as_list(model.generation_config.eos_token_id)}
-    if stops > {*as_list(config.eos_token_id)}:
-        # Qwen's further EOS ids are in generation_config.json only
-        config.eos_token_id = sorted(stops)
+    demand_eos(tokenizer, name)
+    write_stop_ids(model, tokenizer)
 
 
 def check_same_shapes(model, base):
@@ -158,11 +140,6 @@ def fits(model, need):
     demand(need <= most, f"--model {name}: {sentence}; {remedy}.")
 
 
-def max_positions(config):
-    """How many positions a model has; without a limit, more than anybody needs."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-
 # ---- the copy that samples -------------------------------------------------------------------------------
 
 COPIES = WeakKeyDictionary()  # model -> its copy
@@ -218,7 +195,15 @@ def load_scorer(source, tokenizer, args, new_head=False):
     itself. A sequence classifier of the same architecture has the same weights. With
     `new_head` the folder may be that of a language model, and the head is drawn at random.
     """
-    flag = f"--reward-model {source}"
+    given = getattr(args, "reward_model", None)
+    name = f"--model {source}" if new_head and not given else f"--reward-model {source}"
+    flag = name.split()[0]
+    config = read_folder(AutoConfig, source, flag)
+    if not new_head or given:
+        demand_labels(config, source, name)
+    has_classifier = type(config) in AutoModelForTokenClassification._model_mapping
+    sentence = "has no token classifier in transformers, which reward models and critics are"
+    demand(has_classifier, f"{name}: {config.model_type} {sentence}; use another model.")
     try:
         scorer, info = AutoModelForTokenClassification.from_pretrained(
             source,
@@ -229,17 +214,17 @@ def load_scorer(source, tokenizer, args, new_head=False):
             use_safetensors=True,
         )
     except Exception as error:
-        raise BadInput(f"{flag} cannot be loaded ({first_line(error)}).") from None
-    known = read_folder(AutoTokenizer, source, "--reward-model").get_vocab()
+        raise BadInput(f"{name} cannot be loaded ({one_line(error)}).") from None
+    known = read_folder(AutoTokenizer, source, flag).get_vocab()
     same_ids = tokenizer.get_vocab().items() <= known.items()
-    demand(same_ids, f"{flag}: its tokenizer assigns other ids than that of {args.model}.")
+    demand(same_ids, f"{name}: its tokenizer assigns other ids than that of {args.model}.")
     if new_head:
         head = scalar_head(scorer)
         # as in Stiennon et al.: scores of the order of 1
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
         torch.nn.init.zeros_(head.bias)
     missing = [key for key in info["missing_keys"] if key.endswith("weight")]
-    demand(new_head or not missing, f"{flag}: it has no scalar head ({', '.join(missing)}).")
+    demand(new_head or not missing, f"{name}: it has no scalar head ({', '.join(missing)}).")
     return placed(scorer, args.gradient_checkpointing)
 
 

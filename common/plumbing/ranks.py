@@ -26,10 +26,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ---- rank and world size ---------------------------------------------------------------------------------
 
+# torchrun sets all of them; one alone may be left over, or be another program's
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def shard():
     """(rank, world size) of this process; (0, 1) without torchrun. The first call joins the others."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if all(name in os.environ for name in TORCHRUN) and not dist.is_initialized():
         start()
     if not dist.is_initialized():
         return 0, 1

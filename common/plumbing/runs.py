@@ -1,7 +1,6 @@
 """Runs: begin, continue, count steps, save, log, and sum up at the end."""
 
 import json
-import resource
 import shlex
 import shutil
 import signal
@@ -13,8 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.plumbing import folders, models, ranks, weights
-from common.plumbing.flags import BadInput, demand, first_line
+from common.plumbing import configs, decoding, folders, memory, models, ranks, weights
+from common.plumbing.flags import BadInput, demand, one_line
+from common.plumbing.screen import peak_memory, show, speed
 
 # ---- the run folder --------------------------------------------------------------------------------------
 
@@ -28,6 +28,9 @@ def open_run(args):
     samples.jsonl are removed: they will be written again.
     """
     out = Path(args.output_dir)
+    is_taken = torch.tensor(int(ranks.is_first() and not folders.claim(out)))
+    if ranks.reduce(is_taken, "MAX"):  # all ranks leave
+        raise folders.taken(out)
     whole = folders.checkpoints(out)
     state = {"step": 0, "args": vars(args), "skipped": 0}
     if args.resume and not whole:  # killed before its first checkpoint, or never started?
@@ -40,12 +43,14 @@ def open_run(args):
         state = folders.load_state(whole[-1], args)
         model, tokenizer = models.load_model(whole[-1], args.gradient_checkpointing, "--resume")
     else:
+        memory.check_training(args)
         model, tokenizer = models.load_model(args.model, args.gradient_checkpointing)
+    configs.as_asked(tokenizer, args)
     if ranks.is_first():
         try:
             folders.open_folder(out, state, args, sum(p.nbytes for p in model.parameters()))
         except OSError as error:
-            raise BadInput(f"--output-dir {out}: cannot be written ({first_line(error)}).") from None
+            raise BadInput(f"--output-dir {out}: cannot be written ({one_line(error)}).") from None
     ranks.barrier()
     return out, state | {"faults": 0, "stop": 0, "leave": 0}, model, tokenizer
 
@@ -94,15 +99,17 @@ def steps(state, last):
     """Count state["step"] up to `last` under a progress bar. What ends a run early does so between steps.
 
     After SIGINT or SIGTERM the step is finished and saved (`due`), then the exit status is
-    130 or 143. A second signal ends the process at once.
+    130 or 143. A second signal ends the process at once. SIGUSR1, which Slurm sends before a
+    limit, is treated as SIGTERM.
     """
     global bar
 
     def stop(number, frame):
-        state["stop"] = number
+        state["stop"] = int(signal.SIGTERM) if number == signal.SIGUSR1 else number
         signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         with tqdm(initial=state["step"], total=last, disable=not ranks.is_first()) as bar:
             while state["step"] < last:
@@ -122,16 +129,17 @@ def steps(state, last):
 
 
 @contextmanager
-def evaluating():
-    """While in it, the progress bar says so; before the first step there is a bar just for that."""
-    if bar is not None:
-        bar.set_description("evaluating")
-        yield
-        bar.set_description()
-    else:
-        silent = not ranks.is_first()
-        with tqdm(desc="evaluating", bar_format="{desc}", leave=False, disable=silent):
+def evaluating(responses=0):
+    """While in it, a bar of its own counts the responses that have ended, with an estimate of the rest."""
+    rank, world_size = ranks.shard()
+    total, quiet = len(range(rank, responses, world_size)), not ranks.is_first()
+    layout = None if total else "{desc}"
+    with tqdm(desc="evaluating", total=total, bar_format=layout, leave=False, disable=quiet) as counter:
+        decoding.ENDED.append(counter.update)
+        try:
             yield
+        finally:
+            decoding.ENDED.remove(counter.update)
 
 
 def learning_rate(step, args):
@@ -178,6 +186,7 @@ def log(out, metrics, samples=()):
     """A step's line in metrics.jsonl, some responses in samples.jsonl, the main numbers on screen."""
     if ranks.is_first():
         metrics = {k: v.item() if torch.is_tensor(v) else v for k, v in metrics.items()}
+        samples = [*samples, *metrics.pop("completions", [])]  # of an evaluation
         metrics["peak_memory"] = peak_memory()
         # JSON has no NaN and no infinity
         line = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()}
@@ -188,31 +197,9 @@ def log(out, metrics, samples=()):
             except OSError as error:
                 raise folders.unwritable(out / name, error) from None
         show(metrics)
+        if bar is not None:
+            bar.set_postfix_str(speed(metrics), refresh=False)
     ranks.barrier()  # what the first rank has written, others may read
-
-
-def peak_memory():
-    """Bytes: of the GPU, or of this process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def show(metrics):
-    """One line per step, its columns aligned, and one line for each level of an evaluation."""
-    first = list(metrics)[:6]
-    names = [k for k in metrics if k in first or k == "accuracy" or k.startswith("pass@")]
-    cells = [f"step {metrics['step']:<6}"]
-    for name in names:
-        if name not in ("step", "levels"):
-            value = f"{metrics[name]:.4g}"
-            if len(value) > 9:  # -0.0001234
-                value = f"{metrics[name]:.3g}"
-            cells.append(f"{name} {value:9}")
-    tqdm.write("  ".join(cells).rstrip())
-    for level, scores in metrics.get("levels", {}).items():
-        tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 
 # ---- the end ---------------------------------------------------------------------------------------------

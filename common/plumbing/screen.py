@@ -1,0 +1,41 @@
+"""Screen: a step's numbers in aligned columns, its speed, and the memory that was used."""
+
+import resource
+import sys
+
+import torch
+from tqdm import tqdm
+
+
+def peak_memory():
+    """Bytes: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def speed(metrics):
+    """Tokens per second of a step, and how much of its time is sampling, for the bar."""
+    spent = [metrics.get(f"seconds_{part}", 0) for part in ("sample", "train")]
+    tokens = metrics.get("tokens_generated", 0) + metrics.get("tokens_trained", 0)
+    words = f"{tokens / max(sum(spent), 1e-9):.0f} tokens/s"
+    if "seconds_sample" in metrics:
+        words += f", sampling {spent[0] / max(sum(spent), 1e-9):.0%}"
+    return words
+
+
+def show(metrics):
+    """One line per step, its columns aligned, and one line for each level of an evaluation."""
+    first = list(metrics)[:6]
+    names = [k for k in metrics if k in first or k == "accuracy" or k.startswith("pass@")]
+    cells = [f"step {metrics['step']:<6}"]
+    for name in names:
+        if name not in ("step", "levels"):
+            value = f"{metrics[name]:.4g}"
+            if len(value) > 9:  # -0.0001234
+                value = f"{metrics[name]:.3g}"
+            cells.append(f"{name} {value:9}")
+    tqdm.write("  ".join(cells).rstrip())
+    for level, scores in metrics.get("levels", {}).items():
+        tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
