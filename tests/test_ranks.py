@@ -58,8 +58,8 @@ def replayed(name, folder, out, data):
             made.append(sample(*args))
         return made[-1]
 
-    def double(*args):
-        model, tokenizer = load(*args)
+    def double(*args, **more):
+        model, tokenizer = load(*args, **more)
         return model.double(), tokenizer
 
     with pytest.MonkeyPatch.context() as patch:
