@@ -305,9 +305,10 @@ def main(args):
         for pair_rows, columns in tok.micro_batches(longer, args.micro_batch_tokens // 2, ranks.shard()):
             rows = [row for pair in pair_rows for row in (2 * pair, 2 * pair + 1)]
             micro = rows, columns
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
+            with autocast:
+                logp, entropy = logprobs(model, y, m, args.temperature)
             loss, reward = dpo_loss(logp, initial_logp[rows], m, len(longer), args)
             loss.backward()
             losses.append(loss.item())

@@ -205,13 +205,15 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
+        z = mask.sum()  # response tokens of the global batch
         losses = []
         entropies = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
-            loss = sft_loss(logp, m, mask.sum())
+            with autocast:
+                logp, entropy = logprobs(model, y, m, args.temperature)
+            loss = sft_loss(logp, m, z)
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]

@@ -77,7 +77,9 @@ def check_model(model, tokenizer, missing, name):
 
 
 def check_same_shapes(model, base):
-    """--base must have the architecture of --model; both are folders or hub names."""
+    """--base, if it is given, must have the architecture of --model; both are folders or hub names."""
+    if not base:
+        return
     shapes = []
     for flag, source in (("--model", model), ("--base", base)):
         config = read_folder(AutoConfig, source, flag)
