@@ -479,11 +479,11 @@ def test_the_computed_memory_of_the_copy_that_samples_is_its_own(tied):
     assert memory.gathered(shape, 2) == 8 * rest + 16 * layer
 
 
-def test_the_readme_has_the_computed_memory(capsys, monkeypatch):
+def test_the_page_has_the_computed_memory(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory.py"])
     memory.main()
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 3 and all(table in (ROOT / "README.md").read_text() for table in tables)
+    assert len(tables) == 3 and all(table in (ROOT / "docs/gpu.md").read_text() for table in tables)
 
 
 @pytest.mark.parametrize("tied", [True, False])
