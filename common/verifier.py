@@ -62,7 +62,7 @@ MAX_TOKENS = 400
 MAX_DEPTH = 30  # of nested brackets
 MAX_ITEMS = 64  # of a list or a matrix
 MAX_DIGITS = 400  # of a number as written
-MAX_BITS = 1 << 15  # of a number as computed: 2^{2008} and 2004! fit, 9^{9^9} does not
+MAX_BITS = 1 << 16  # of a number as computed: 2013^{4025} and 2004! fit, 9^{9^9} does not
 MAX_FACTORIAL = 2100
 
 
@@ -183,7 +183,7 @@ TOKENS = {
     "clock": r"(?<=[0-9])\s*(?P<half>[aApP])\.?\s?[mM]\b\.?",  # 4 p.m.
     "times": r"(?<=[0-9])\s*[xX]\s*(?=10\s*[\^⁰¹²³⁴⁵⁶⁷⁸⁹⁻])",  # 1.1 x 10^4
     "skip": r"""
-        \s+ | ~ | \$ | \\[,;:!>\ ()\[\]]
+        \s+ | ~ | \$ | \\[,;:!>\ ()\[\]] | (?<=[A-Za-z])\.
         | \\[vh]?phantom\s*(?:\{[^{}]*\}|\\?.)  # what is not seen is not said
         | \\(?:left|right|[bB]igg?[lrm]?|q?quad|(?:display|text)style|limits|rm|bf|it
           |math(?:bf|it|sf|tt|cal|bb|frak|scr)|boldsymbol|bm|vec|hat|widehat|overrightarrow
@@ -248,10 +248,9 @@ FILLER = set("unit of the a total".split())  # they say nothing beside a number
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words that assert, deny, compare or choose: what they stand in is a sentence and no unit.
 ASSERTIONS = set(
-    """is are was were be not no nor neither none never or either if when where whether but than instead
-    except more less most least fewer greater smaller larger over under above below almost nearly about
-    wrong right true false correct incorrect answer because since so thus hence plus minus times divided
-    half third quarter double twice rather maybe perhaps""".split()
+    """is are was were be not no nor neither none never either if when where whether but than instead except
+    almost nearly wrong true false correct incorrect answer because since so thus hence plus minus divided
+    half double twice rather maybe perhaps""".split()
 )
 
 
@@ -446,7 +445,7 @@ class Expression:
     def __init__(self, tokens: list[Token]):
         self.tokens, self.at, self.bars = [*tokens, END], 0, 0
         self.degree = 1 if ANGLES.isdisjoint(t.text for t in tokens) else div(pi, Integer(180))
-        self.value = self.sum()
+        self.value = self.over()
         require(self.peek() is END)
 
     def peek(self) -> Token:
@@ -460,6 +459,13 @@ class Expression:
         require(text)
         self.at += 1
         return text
+
+    def over(self):
+        r"""A sum; or, as in {5 \over 8} and {n \choose k}, an operator between the whole of its arguments."""
+        value = self.sum()
+        if operator := self.take(r"\over", r"\choose"):
+            value = (div if operator == r"\over" else binomial)(value, self.sum())
+        return value
 
     def sum(self):
         terms = [self.product()]
@@ -490,9 +496,11 @@ class Expression:
             return not self.bars
         if token.kind != "number":
             return token.kind in ("letter", "function") or token.text in STARTS
+        if last.kind == "close" or last.text == "!":
+            return True
         if last.kind == "number":
-            return self.at > 1 and self.tokens[self.at - 2].text == "^" and token.spaced
-        return last.kind == "close" or token.spaced or last.text == "!"
+            return token.spaced and self.at > 1 and self.tokens[self.at - 2].text == "^"
+        return self.tokens[self.at + 1].text == "^"
 
     def power(self):
         """An atom with what stands behind it: exponents, factorials, a degree sign."""
@@ -573,11 +581,8 @@ class Expression:
         return self.symbol(text.strip("\\"))
 
     def group(self, opening: str):
-        r"""A sum in brackets. In braces, {5 \over 8} and {n \choose k} are written between their arguments."""
         self.bars += opening == "|"
-        value = self.sum()
-        if opening == "{" and (operator := self.take(r"\over", r"\choose")):
-            value = (div if operator == r"\over" else binomial)(value, self.sum())
+        value = self.over() if opening == "{" else self.sum()
         require(self.take(BRACKETS[opening]))
         self.bars -= opening == "|"
         return WRAPPERS[opening](value, evaluate=False) if opening in WRAPPERS else value
@@ -736,6 +741,7 @@ FIXED = {
     (r"\emptyset",): Set(()),
     (r"\{", r"\}"): Set(()),
 }
+ORDERS = {"<", ">", r"\le", r"\ge"}
 MIRRORED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
@@ -792,6 +798,11 @@ def statement(tokens: list[Token]):
     """Relation: sides between =, <, \\in and so on; one side alone is a value."""
     if all(token.kind != "relation" for token in tokens):
         return value_of(tokens)
+    while enclosed(tokens) and tokens[0].text == "{":
+        tokens = tokens[1:-1]
+    pieces, _ = split(tokens, (r"\cup",))
+    if len(pieces) > 1 and all(any(t.text in ORDERS for t in piece) for piece in pieces):
+        return Union(tuple(map(statement, pieces)))  # x < 1 \cup x > 5
     (exact, *rest), _ = split(tokens, (r"\approx",))
     if rest and not exact:
         return statement(rest[0])  # about 42
@@ -827,7 +838,7 @@ def equation(sides: list[list[Token]]):
         sides = sides[::-1]
     first, *middle, last = sides if len(sides) > 1 else [[], *sides]
     value = value_of(last)
-    numbers = [attempt(Expression, side) for side in middle]
+    numbers = [attempt(Expression, side) for side in middle if not name_of(side)]  # x = y = 4
     if isinstance(core(value), Number):
         require(all(n is None or equal(n.value, core(value).expr) for n in numbers))
     name = name_of(first)
@@ -873,9 +884,10 @@ def core(value):
 
 def name_of(tokens: list[Token]) -> str:
     r"""The spelling of a name, or "": x, a_1, f(x), f^{-1}(x), P(A), (p,q), AB, |AB|, \angle ABC, area."""
-    if not tokens or tokens[0].text in CONSTANTS or tokens[0].text in (r"\R", r"\infty"):
-        if len(tokens) < 2 or tokens[1].kind == "relation" or tokens[0].text not in ("e", "i"):
-            return ""
+    if enclosed(tokens) and tokens[0].text == "{":
+        return name_of(tokens[1:-1])
+    if not tokens or (tokens[0].text in CONSTANTS and len(tokens) == 1) or tokens[0].text == r"\pi":
+        return ""
     kinds = {token.kind for token in tokens}
     if kinds == {"word"}:
         return spell(tokens)
@@ -997,16 +1009,15 @@ def without(points) -> Union:
 def value_of(tokens: list[Token]):
     """Union, ratio, tuple, set, matrix, text or quantity: one answer without a relation."""
     require(tokens)
-    while enclosed(tokens) and tokens[0].text in "{(":
+    while enclosed(tokens) and tokens[0].text in ("{", "(", "["):
         inner = tokens[1:-1]
-        is_list = len(split(inner, (",",))[0]) > 1
-        if tokens[0].text == "{" and is_list:
+        require(inner)
+        if tokens[0].text == "{" and len(split(inner, (",",))[0]) > 1:
             return brace_set(inner)
-        if tokens[0].text == "{" or (enclosed(inner) and inner[0].text == r"\begin"):
-            tokens = inner
-            require(tokens)
-        else:
+        holds_value = enclosed(inner) and inner[0].text in (r"\begin", r"\{")
+        if tokens[0].text != "{" and not holds_value and len(split(inner, (r"\cup",))[0]) == 1:
             break
+        tokens = inner
     if (fixed := FIXED.get(tuple(token.text for token in tokens[:2]))) and len(tokens) < 3:
         return fixed
     if choice := choice_of(tokens):
@@ -1071,17 +1082,34 @@ def unit_of(tokens: list[Token]) -> tuple[list[Token], frozenset, int]:
     if tokens[len(sign)].text in CURRENCY and tokens[len(sign)].kind == "word":
         rest, unit, scale = unit_of(sign + tokens[len(sign) + 1 :])
         return rest, frozenset({tokens[len(sign)].text}), scale
-    start = next((i for i, token in enumerate(tokens) if token.kind == "word"), len(tokens))
+    start = unit_start(tokens)
     if start == len(tokens):
         return tokens, frozenset(), 1
     words = tokens[start:]
-    if words[-1].text == ")" and tokens[start - 1].text == "(":
-        words, start = words[:-1], start - 1
-    require(start)
-    require(all(t.kind in ("word", "letter") or t.text in ("^", "2", "3", "{", "}", "/", "-") for t in words))
+    if words[0].text == "(":
+        words = words[1:-1]
+    require(start and all(t.kind in ("word", "letter") or t.text in UNIT_SIGNS for t in words))
     scale = SCALES.get(words[0].text, 1)
     unit = unit_words([token.text for token in words[scale > 1 :]])
     return tokens[:start], unit, scale
+
+
+UNIT_SIGNS = ("^", "2", "3", "{", "}", "/", "-")
+
+
+def unit_start(tokens: list[Token]) -> int:
+    """The first word that is in no bracket and no subscript; or the parentheses that hold words at the end."""
+    depth, opening = 0, 0
+    for i, token in enumerate(tokens):
+        if token.kind == "word" and depth == 0 and (i == 0 or tokens[i - 1].text != "_"):
+            return i
+        if depth == 0 and token.kind == "open":
+            opening = i
+        depth += LEVEL.get(token.text, 0)
+    last = tokens[opening:]
+    if last[0].text == "(" and enclosed(last) and any(t.kind == "word" for t in last):
+        return opening
+    return len(tokens)
 
 
 def unit_words(words: list[str]) -> frozenset:
@@ -1160,7 +1188,7 @@ def based(tokens: list[Token]):
 PLAIN = re.compile(
     r"[-+]?(?:f[-+]?[nt][-+]?[nt]?|[nt]f[nt][nt]?|[nt](?:/[-+]?[nt])?|(?:[nt]\*)?t\^[-+]?[nt])"
 )
-FORMS = {"{": "", "}": "", "(": "", ")": "", "°": "", r"\frac": "f", "10": "t"}
+FORMS = {"{": "", "}": "", "(": "", ")": "", "°": "", r"\frac": "f", r"\over": "/", "10": "t"}
 
 
 def number(tokens: list[Token]):
