@@ -87,6 +87,7 @@ NUMBER = re.compile(
     r"(?:\.[0-9]+|/[0-9]+)?"
 )
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a word that is neither a command nor in a \text{}
+DENIALS = {"not", "never", "neither", "nor", "either", "cannot"}
 BARE_LATEX = re.compile(r"(\S*\\(?:[dtc]?frac|sqrt|binom)\S*?)[\s.,;:!?*。]*$")
 
 
@@ -127,10 +128,16 @@ def box(text: str) -> str | None:
 
 
 def stated(sentence: str) -> str:
-    """Of "The total is 34 dollars", what it says of the total. Anything but such a sentence stays whole."""
+    """Of "The total is 34 dollars", what it says of the total; of other prose, its last value.
+
+    A short text stays whole, as "October 30" does, and so does what denies something.
+    """
     match = COPULA.match(sentence)
     if match and re.search(r"[0-9\\$]", said := sentence[match.end() :]):
         return said
+    words = [word.lower() for word in PROSE.findall(sentence)]
+    if len(words) > 2 and sentence[0].isalpha() and DENIALS.isdisjoint(words):
+        return last_value(sentence) or sentence
     return sentence
 
 
@@ -146,7 +153,7 @@ def last_value(text: str) -> str | None:
         start, end = text.rfind(left, 0, last.start() + 1), text.find(right, last.end())
         if start >= 0 and end >= 0:
             formula = text[start + len(left) : end]
-            if re.search(r"[\\^(\[,]", formula) and not PROSE.search(formula) and right not in formula:
+            if re.search(r"[\\^(\[,A-Za-z]", formula) and not PROSE.search(formula) and right not in formula:
                 return formula.strip()
     word = text[: last.start()].split()[-1:] if not text[last.start() - 1].isspace() else []
     return None if word and "\\" in word[0] and "{" in word[0] else last[0]
@@ -790,6 +797,8 @@ def items_of(tokens: list[Token]) -> tuple:
         for signs in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"}):
             signed = [token._replace(text=signs.get(token.text, token.text)) for token in part]
             items.append(statement(signed))
+    if len(items) > 1:  # x = y = 4, z = 2 are three values
+        items = [i for i in items for _ in range(1 + (isinstance(i, Named) and i.name.count("=")))]
     require(0 < len(items) <= MAX_ITEMS)
     return tuple(items)
 
@@ -838,7 +847,8 @@ def equation(sides: list[list[Token]]):
         sides = sides[::-1]
     first, *middle, last = sides if len(sides) > 1 else [[], *sides]
     value = value_of(last)
-    numbers = [attempt(Expression, side) for side in middle if not name_of(side)]  # x = y = 4
+    more_names = [name for name in map(name_of, middle) if name]  # x = y = 4
+    numbers = [attempt(Expression, side) for side in middle if not name_of(side)]
     if isinstance(core(value), Number):
         require(all(n is None or equal(n.value, core(value).expr) for n in numbers))
     name = name_of(first)
@@ -854,7 +864,7 @@ def equation(sides: list[list[Token]]):
     right = core(value).expr
     relation = Relation((Number(left_expr), Number(right)), ("=",))
     if name:
-        return Named(name, value, relation)
+        return Named("=".join([name, *more_names]), value, relation)
     if equal(left_expr, right):
         return value
     if is_asked_for(first) and not right.free_symbols:
@@ -1505,8 +1515,8 @@ AT_ZERO = {sp.sin: 0, sp.cos: 1, sp.tan: 0, sp.sec: 1, sp.sinh: 0, sp.cosh: 1, s
 class Sample:
     """The values of expressions at one point; `in_domain` until one of them leaves the real numbers."""
 
-    def __init__(self, point: dict, bits: int):
-        self.point, self.bits, self.in_domain = point, bits, True
+    def __init__(self, point: dict, bits: int, needed: int = 0):
+        self.point, self.bits, self.needed, self.in_domain = point, bits, needed, True
 
     def value(self, e):
         """A Fraction or a Ball."""
@@ -1554,8 +1564,8 @@ class Sample:
 # ---- Equal: two expressions at sample points -------------------------------------------------------------
 
 CLOSE = -133  # log2 of the largest bound of a difference: 40 digits, beside either side and beside 1
-BITS = 400  # of a first try; numbers of many digits add theirs
-MAX_PRECISION = 2800  # of a second try, for what large terms that cancel have left undecided
+BITS = 400  # of a first try
+MAX_PRECISION = 4800  # of a second try, for what large terms that cancel have left undecided
 
 
 class Traits:
@@ -1618,6 +1628,9 @@ class Traits:
                     for side in (-1, 1):
                         yield [x + Fraction(side * (3 + 2 * i), 10 + i) for i in n]
         if self.jumps:
+            for corner in sorted({x % 1 for x in self.literals})[:4]:  # floor(x + 1/2) jumps at halves
+                for x in (corner, -corner):
+                    yield [x + (-1) ** i * (3 + i) for i in n]
             yield from self.integer_rows()
 
     def integer_rows(self):
@@ -1630,26 +1643,34 @@ class Traits:
 INTEGER_NAMES = "ijklmnpq"
 
 
-def difference(a, b, bits: int) -> bool:
+def difference(a, b, sample: Sample) -> bool:
     """Is a - b zero? Its bound holds 0 and is small beside both sides; or it does not hold 0."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
+    bits = sample.bits
     a, b = ball(a, bits), ball(b, bits)
     value = libmp.mpc_sub(a.value, b.value, bits)
     error = rounded(value, (a.error, b.error), bits, True).error
     if size(value) - 1 > error:
         return False
-    if max(size(value), error) + 1 <= CLOSE + min(size(a.value) - 1, size(b.value) - 1, 0):
-        return True
-    raise Undecided
+    small = CLOSE + min(size(a.value) - 1, size(b.value) - 1, 0)
+    if bits < sample.needed or max(size(value), error) + 1 > small:
+        raise Undecided
+    return True
 
 
-def at_point(a, b, point: dict, bits: int, same) -> tuple[bool, bool]:
-    """The verdict of `same` on two values, at a precision that settles it; and: are they in the domain?"""
-    for precision in (bits, MAX_PRECISION):
-        sample = Sample(point, precision)
+def at_point(a, b, point: dict, traits: Traits, same) -> tuple[bool, bool]:
+    """The verdict of `same` on two values, at a precision that settles it; and: are they in the domain?
+
+    2^{1006} \\sqrt{2^{2010}+2} - 2^{2011} is not 2, but nearly so, for about twice as many bits as its numbers
+    have. With fewer bits a "different" counts, but an "equal" does not.
+    """
+    needed = BITS + 2 * traits.bits
+    ladder = (BITS, min(max(needed, 4 * BITS), MAX_PRECISION))
+    for bits in ladder:
+        sample = Sample(point, bits, needed)
         try:
-            return same(sample.value(a), sample.value(b), precision), sample.in_domain
+            return same(sample.value(a), sample.value(b), sample), sample.in_domain
         except Undecided:
             continue
     raise Undecided
@@ -1662,12 +1683,11 @@ def equal(a, b) -> bool:
     traits = Traits(a, b)
     if traits.jumps and all(s.name[0] in INTEGER_NAMES for s in traits.letters):
         traits.counts = True
-    bits = min(BITS + traits.bits, MAX_PRECISION)
     inside, outside = 0, []
     try:
         for point, positive in traits.points():
             try:
-                verdict, in_domain = at_point(a, b, point, bits, difference)
+                verdict, in_domain = at_point(a, b, point, traits, difference)
             except Undefined:
                 continue
             if in_domain or not point:
@@ -1792,9 +1812,18 @@ def same_statement(gold, answer) -> bool:
         return not conflict(*units) if all(units) else True
     if not both_named:
         return False
-    if g and a and ("(" in gold.name) == ("(" in answer.name):  # x = 5 is not y = 5
+    if g and a and not same_name(gold.name, answer.name):
         return False
     return same(gold.value, answer.value)
+
+
+def same_name(a: str, b: str) -> bool:
+    """x is not y; but f(x) = ... may be written as y = ..., and A(r) = ... as A = ..."""
+    for function, variable in ((a, b), (b, a)):
+        head, bracket, _ = function.partition("(")
+        if bracket and variable in ("y", head):
+            return True
+    return False
 
 
 def same_relation(gold: Relation, answer: Relation) -> bool:
@@ -1843,8 +1872,9 @@ def proportional(f, g, symmetric: bool) -> bool:
         f, g = cleared(f), cleared(g)
     traits, first, found = Traits(f, g), None, 0
 
-    def same_ratio(u, v, bits):
+    def same_ratio(u, v, sample):
         nonlocal first
+        bits = sample.bits
         if u == ZERO or v == ZERO:
             if u == v:
                 raise Undefined
@@ -1854,12 +1884,12 @@ def proportional(f, g, symmetric: bool) -> bool:
             first = ratio
         if not symmetric and ball(ratio, bits).value[0][0]:  # its sign
             return False
-        return difference(ratio, first, bits)
+        return difference(ratio, first, sample)
 
     try:
         for point, _ in traits.points():
             try:
-                verdict, _ = at_point(f, g, point, min(BITS + traits.bits, MAX_PRECISION), same_ratio)
+                verdict, _ = at_point(f, g, point, traits, same_ratio)
             except Undefined:
                 continue
             if not verdict:
