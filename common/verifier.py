@@ -774,8 +774,14 @@ def spell(tokens: list[Token]) -> str:
     return "".join(token.text for token in tokens)
 
 
+LABELS = set("solution answer result is the final set".split())
+
+
 def listed(tokens: list[Token]):
     """List: the values between commas. x < 1 or x > 5 is a union."""
+    label, colon = split(tokens, (":",))
+    if colon and all(token.text in LABELS for token in label[0]):  # Solution is: x = 4
+        tokens = tokens[len(label[0]) + 1 :]
     items = items_of(tokens)
     if len(items) == 1:
         return items[0]
@@ -841,40 +847,38 @@ def approximate(exact, rest: list[Token]):
 
 def equation(sides: list[list[Token]]):
     """x = 5 and 5 = x are 5 with a name; 2 + 3 = 5 is 5, being true; x + 3 = 7 is a relation."""
-    if not sides[0]:  # = 5
-        sides = sides[1:]
+    sides = [side for side in sides if side]
+    if len(sides) == 1:  # = 5
+        return value_of(sides[0])
     if len(sides) == 2 and name_of(sides[1]) and not name_of(sides[0]):
         sides = sides[::-1]
-    first, *middle, last = sides if len(sides) > 1 else [[], *sides]
+    first, *middle, last = sides
     value = value_of(last)
-    more_names = [name for name in map(name_of, middle) if name]  # x = y = 4
-    numbers = [attempt(Expression, side) for side in middle if not name_of(side)]
-    if isinstance(core(value), Number):
-        require(all(n is None or equal(n.value, core(value).expr) for n in numbers))
-    name = name_of(first)
+    right = core(value).expr if isinstance(core(value), Number) else None
+    steps = [attempt(Expression, side) for side in middle if not name_of(side)]
+    # x = 2 + 3 = 5: an unreadable step may be anything, but what can be read must be true
+    require(right is None or all(step is None or equal(step.value, right) for step in steps))
+
+    def named(name: str, left, **more):
+        relation = Relation((Number(left), Number(right)), ("=",)) if right is not None else None
+        return Named(name, value, relation, **more)
+
     left = attempt(Expression, first)
-    if name and (left is None or "(" in name or is_capitals(first)):
-        left_expr = Symbol(name)
-    else:
-        left_expr = left and left.value
-    if left_expr is None:  # \lim, \bmod: whatever it asks for, the right-hand side says what it is
-        return Named(spell(first), value) if first else value
-    if not isinstance(core(value), Number):
-        return Named(name, value) if name else unrelated()
-    right = core(value).expr
-    relation = Relation((Number(left_expr), Number(right)), ("=",))
-    if name:
-        return Named("=".join([name, *more_names]), value, relation)
-    if equal(left_expr, right):
+    names = [name for name in map(name_of, [first, *middle]) if name]  # x = y = 4
+    if name_of(first):
+        is_letter = left is not None and "(" not in names[0] and not is_capitals(first)
+        return named("=".join(names), left.value if is_letter else Symbol(names[0]))
+    if left is None:  # whatever \\lim or \\bmod ask for, the right-hand side says what it is
+        require(is_operation(first))
+        return named(spell(first), Symbol(spell(first)))
+    require(right is not None)
+    if equal(left.value, right):
         return value
+    require(left.value.free_symbols or right.free_symbols)  # 3 = 7
     if is_asked_for(first) and not right.free_symbols:
-        return Named(spell(first), value, relation, is_curve=is_coordinates(first))
+        return named(spell(first), left.value, is_curve=is_coordinates(first))
     require(not middle)
-    return relation
-
-
-def unrelated():
-    raise ValueError
+    return Relation((Number(left.value), Number(right)), ("=",))
 
 
 def attempt(read, tokens):
@@ -958,6 +962,25 @@ def group_end(tokens: list[Token], at: int) -> int:
         if depth == 0:
             break
     return at
+
+
+def is_operation(tokens: list[Token]) -> bool:
+    """Do words name it, or does a command that this file does not know stand there: \\lim, \\max, \\bmod?"""
+    if {token.kind for token in tokens} <= {"word", "letter"}:
+        return True
+    if len(split(tokens, (":",))[0]) > 1:  # S_1 : S_2 = 3 : 4
+        return is_asked_for(tokens)
+    words = {token.text for token in tokens if token.kind == "word"}
+    unknown = {r"\lim", r"\sum", r"\int", r"\begin?"}
+    return words <= OPERATORS and any(
+        token.text in unknown
+        or token.text in OPERATORS
+        or (token.kind == "command" and token.text not in KINDS)
+        for token in tokens
+    )
+
+
+OPERATORS = set("lcm max min gcd det lim mod rank arg deg proj grad curl limit prob area cov corr".split())
 
 
 def is_asked_for(tokens: list[Token]) -> bool:
@@ -1665,7 +1688,7 @@ def at_point(a, b, point: dict, traits: Traits, same) -> tuple[bool, bool]:
     2^{1006} \\sqrt{2^{2010}+2} - 2^{2011} is not 2, but nearly so, for about twice as many bits as its numbers
     have. With fewer bits a "different" counts, but an "equal" does not.
     """
-    needed = BITS + 2 * traits.bits
+    needed = BITS + 2 * traits.bits * (traits.bits > 64)
     ladder = (BITS, min(max(needed, 4 * BITS), MAX_PRECISION))
     for bits in ladder:
         sample = Sample(point, bits, needed)
@@ -1904,9 +1927,11 @@ def proportional(f, g, symmetric: bool) -> bool:
 
 # Golds that say that there is none: nobody can earn them, or everybody who writes nothing.
 NO_GOLD = re.compile(
-    r"(?:see|refer to|shown in|as) (?:the )?(?:above|below|solution|explanation|proof|text|answer|figure).*"
-    r"|(?:the )?(?:proof|solution|answer)s?|(?:omitted|not ?found|not available|unavailable|missing)"
-    r"|n/?a\.?|nan|none|null|nil|tbd|todo|error|invalid|proof (?:omitted|below|above)|no (?:answer|solution given)"
+    r"(?:see|refer to|shown in|as) (?:the )?"
+    r"(?:above|below|solution|explanation|proof|text|answer|figure|attached).*"
+    r"|(?:the )?(?:proof|solution|answer)s?(?: (?:omitted|above|below|not found|not available))?"
+    r"|omitted|not ?found|not available|unavailable|missing|not provided|no answer(?: given)?"
+    r"|n/?a|nan|null|nil|tbd|todo|error|invalid|unknown"
 )
 
 
@@ -1936,15 +1961,15 @@ def check_gold(gold: str) -> bool:
 
     It must be read, equal itself, and be an answer: not "proof", "None", "N/A" or "see above".
     """
-    if not isinstance(gold, str) or NO_GOLD.fullmatch(plain_words(gold)):
+    if not isinstance(gold, str) or is_no_gold(gold):
         return False
     return not isinstance(_read(gold), Unread) and verify(f"\\boxed{{{gold}}}", gold)
 
 
-def plain_words(gold: str) -> str:
-    r"""A gold without \text{}, signs around it and capitals."""
-    words = re.sub(r"\\text\w*\s*\{([^{}]*)\}", r"\1", gold)
-    return words.strip(" $*.:()[]{}\n").lower()
+def is_no_gold(gold: str) -> bool:
+    r"""Does it only say that there is none? A bare None is Python's; \text{None} is an answer."""
+    words = re.sub(r"\\text\w*\s*\{([^{}]*)\}", r"\1", gold).strip(" $*.:()[]{}\n").lower()
+    return NO_GOLD.fullmatch(words) is not None or gold.strip(" .").lower() == "none"
 
 
 def as_float(e) -> float:
