@@ -143,20 +143,32 @@ def stated(sentence: str) -> str:
 
 def last_value(text: str) -> str | None:
     r"""The last number, or the formula that it stands in: of $\frac{2}{5}$ the 5 is no answer."""
-    if bare := BARE_LATEX.search(text):
-        return bare[1]
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
     last = numbers[-1]
+    if formula := formula_around(text, last.start(), last.end()):
+        # of $2 + 3 = 5 = x$ the last side that has a number
+        sides = re.split(r"(?<![<>!\\])=", formula)
+        side = [side for side in sides if re.search("[0-9]", side)][-1].strip()
+        is_whole = side.count("{") == side.count("}") and r"\end" not in side
+        return side if is_whole else last[0]
+    if bare := BARE_LATEX.search(text):
+        return re.split(r"(?<![<>!\\])=", bare[1])[-1]
+    word = re.search(r"\S*$", text[: last.start()])[0]
+    return None if re.search(r"\\[a-z]+\{", word) else last[0]  # the inside of a command is no answer
+
+
+def formula_around(text: str, start: int, end: int) -> str | None:
+    """The formula between two dollar signs or brackets, if it is one: no prose, and more than a number."""
     for left, right in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        start, end = text.rfind(left, 0, last.start() + 1), text.find(right, last.end())
-        if start >= 0 and end >= 0:
-            formula = text[start + len(left) : end]
-            if re.search(r"[\\^(\[,A-Za-z]", formula) and not PROSE.search(formula) and right not in formula:
-                return formula.strip()
-    word = text[: last.start()].split()[-1:] if not text[last.start() - 1].isspace() else []
-    return None if word and "\\" in word[0] and "{" in word[0] else last[0]
+        before, after = text.rfind(left, 0, start + 1), text.find(right, end)
+        if before < 0 or after < 0:
+            continue
+        formula = text[before + len(left) : after]
+        if re.search(r"[\\^(\[,A-Za-z]", formula) and right not in formula and not PROSE.search(formula):
+            return formula
+    return None
 
 
 # ---- Lex: a text as typed tokens -------------------------------------------------------------------------
@@ -196,7 +208,7 @@ TOKENS = {
           |math(?:bf|it|sf|tt|cal|bb|frak|scr)|boldsymbol|bm|vec|hat|widehat|overrightarrow
           |boxed|fbox)(?![A-Za-z])\.?""",
     "text": r"""\\(?P<font>text(?:bf|rm|it|sf|tt|up|normal)?|emph|[mh]box|mathrm|operatorname)\*?
-        \s*\{(?P<content>[^{}]*)\}""",
+        \s*\{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}""",
     # 10{,}000 and 1\,234: marked, and so never a list; 1,234 and 1 234 are one only outside of brackets
     "marked": r"[0-9]+(?:(?:\{,\}|,\\!\s*|\\[,!;:]\s*)[0-9]{3}(?![0-9]))+(?:\.[0-9]+)?",
     "thousands": r"""[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?:\ [0-9]{3})+)
@@ -349,7 +361,8 @@ def texted(content: str, roman: bool) -> list[tuple[str, str]]:
     function = SPELLINGS.get("\\" + content, "\\" + content)
     if KINDS.get(function) == "function" or (roman and content in ("e", "i")):
         return spelled(content)
-    if re.search("[0-9]", content) and not re.match(r".*[A-Za-z]{2}.*[0-9]", content):
+    has_digits = re.search("[0-9]", content) and not re.match(r".*[A-Za-z]{2}.*[0-9]", content)
+    if has_digits or re.search(r"[\\${]", content):
         return [(token.kind, token.text) for token in lex(content)]  # \textbf{42}
     tokens = []
     for word in re.findall(r"[^\W_]+|[,;/^%°()-]", content.lower().replace(".", "")):
@@ -863,22 +876,23 @@ def equation(sides: list[list[Token]]):
         relation = Relation((Number(left), Number(right)), ("=",)) if right is not None else None
         return Named(name, value, relation, **more)
 
-    left = attempt(Expression, first)
+    left = core(attempt(value_of, first))
+    left = left.expr if isinstance(left, Number) else None
     names = [name for name in map(name_of, [first, *middle]) if name]  # x = y = 4
     if name_of(first):
         is_letter = left is not None and "(" not in names[0] and not is_capitals(first)
-        return named("=".join(names), left.value if is_letter else Symbol(names[0]))
-    if left is None:  # whatever \\lim or \\bmod ask for, the right-hand side says what it is
+        return named("=".join(names), left if is_letter else Symbol(names[0]))
+    if left is None:  # whatever \lim or \bmod ask for, the right-hand side says what it is
         require(is_operation(first))
         return named(spell(first), Symbol(spell(first)))
     require(right is not None)
-    if equal(left.value, right):
+    if equal(left, right):
         return value
-    require(left.value.free_symbols or right.free_symbols)  # 3 = 7
+    require(left.free_symbols or right.free_symbols)  # 3 = 7
     if is_asked_for(first) and not right.free_symbols:
-        return named(spell(first), left.value, is_curve=is_coordinates(first))
+        return named(spell(first), left, is_curve=is_coordinates(first))
     require(not middle)
-    return Relation((Number(left.value), Number(right)), ("=",))
+    return Relation((Number(left), Number(right)), ("=",))
 
 
 def attempt(read, tokens):
@@ -1114,7 +1128,7 @@ def unit_of(tokens: list[Token]) -> tuple[list[Token], frozenset, int]:
     sign = tokens[:1] if tokens[0].text == "-" else []
     if tokens[len(sign)].text in CURRENCY and tokens[len(sign)].kind == "word":
         rest, unit, scale = unit_of(sign + tokens[len(sign) + 1 :])
-        return rest, frozenset({tokens[len(sign)].text}), scale
+        return rest, unit | {tokens[len(sign)].text}, scale
     start = unit_start(tokens)
     if start == len(tokens):
         return tokens, frozenset(), 1
@@ -1236,7 +1250,7 @@ def number(tokens: list[Token]):
 
 FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)(?:/([0-9]+))?)")
 EDGES = " *:~"
-ENDS = EDGES + ".,;。\\"
+ENDS = re.compile(r"(?:[\s*:~.,;。\\]|(?<!\\)\$|\\[)\]])+$")
 
 
 @lru_cache(maxsize=4096)  # bounded; a group of rollouts repeats its gold and many of its answers
@@ -1252,7 +1266,7 @@ def _read(text: str):
         if start >= 0:  # a gold with a box in it is that box
             text = box(text[start:])
         text = " ".join(text.translate(CHARACTERS).split()).strip(EDGES)
-        tokens = lex(text.rstrip(ENDS))
+        tokens = lex(ENDS.sub("", text))
     except Exception:  # no token of this file
         return Unread("".join(str(text)[:MAX_CHARS].split()))
     try:
