@@ -351,6 +351,8 @@ def spelled(word: str, following: str = "") -> list[tuple[str, str]]:
     command = SPELLINGS.get("\\" + word.lower(), "\\" + word)
     if command in KINDS and command not in (r"\in", r"\ne", r"\le", r"\ge", r"\to", r"\R"):
         return [(KINDS[command], command)]
+    if word.lower() in ("am", "pm"):
+        return [("word", word.lower())]
     if len(word) > 3 or (len(word) > 1 and (word in UNITS or word.rstrip("s") in UNITS)):
         return [("word", word.lower())]
     return [("letter", letter) for letter in word]
@@ -1070,7 +1072,7 @@ def value_of(tokens: list[Token]):
     if choice := choice_of(tokens):
         return choice
     if is_text(tokens):
-        return Text(spoken(tokens))
+        return Text(spell(bare(tokens)).lower())
     tokens, unit, scale = unit_of(tokens)
     value = container(tokens) or number(tokens)
     if isinstance(value, Quantity):
@@ -1109,18 +1111,19 @@ def is_label(token: Token) -> bool:
 
 def is_text(tokens: list[Token]) -> bool:
     """Words first, or several letters among words: no mathematics."""
-    inner = tokens[1:-1] if tokens[0].text == "(" and enclosed(tokens) else tokens
-    require(inner)
+    inner = bare(tokens)
     if inner[0].kind == "word":
         return tokens[0].text not in CURRENCY
     words = [token.kind == "word" for token in inner]
     return any(words) and len(inner) - sum(words) > 1 and {t.kind for t in inner} == {"word", "letter"}
 
 
-def spoken(tokens: list[Token]) -> str:
-    """The words of a text, run together."""
-    inner = tokens[1:-1] if tokens[0].text == "(" and enclosed(tokens) else tokens
-    return spell(inner).lower()
+def bare(tokens: list[Token]) -> list[Token]:
+    """Without the parentheses around them."""
+    while enclosed(tokens) and tokens[0].text == "(":
+        tokens = tokens[1:-1]
+        require(tokens)
+    return tokens
 
 
 def unit_of(tokens: list[Token]) -> tuple[list[Token], frozenset, int]:
@@ -1307,6 +1310,7 @@ class Ball(NamedTuple):
 
 
 ZERO = Fraction(0)
+EXACT_BITS = 1 << 14  # a fraction with more of them goes on as a ball
 TOO_LARGE = 1 << 20  # bits in front of the point
 
 
@@ -1371,7 +1375,7 @@ def to_integer(a, n: int, bits: int):
     if isinstance(a, Fraction):
         if a == 0 and n <= 0:
             raise Undefined
-        if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(n) <= MAX_BITS:
+        if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(n) <= EXACT_BITS:
             return a**n
         a = ball(a, bits)
     relative = away_from_zero(a) + math.log2(max(1, abs(n)))
@@ -1589,10 +1593,9 @@ class Sample:
                 self.in_domain = False
 
     def small(self, value):
-        """A fraction of too many digits goes on as a ball."""
         if isinstance(value, Fraction):
             bits = value.numerator.bit_length() + value.denominator.bit_length()
-            return ball(value, self.bits) if bits > MAX_BITS else value
+            return ball(value, self.bits) if bits > EXACT_BITS else value
         if abs(value.error) > TOO_LARGE and value.error != -math.inf:
             raise Undecided
         return value
