@@ -130,13 +130,15 @@ def box(text: str) -> str | None:
 def stated(sentence: str) -> str:
     """Of "The total is 34 dollars", what it says of the total; of other prose, its last value.
 
-    A short text stays whole, as "October 30" does, and so does what denies something.
+    A short text stays whole, as "October 30" does, and so does a sentence that denies something.
     """
+    words = [word.lower() for word in PROSE.findall(sentence)]
+    if not DENIALS.isdisjoint(words):
+        return sentence
     match = COPULA.match(sentence)
     if match and re.search(r"[0-9\\$]", said := sentence[match.end() :]):
         return said
-    words = [word.lower() for word in PROSE.findall(sentence)]
-    if len(words) > 2 and sentence[0].isalpha() and DENIALS.isdisjoint(words):
+    if len(words) > 2 and sentence[0].isalpha():
         return last_value(sentence) or sentence
     return sentence
 
@@ -844,9 +846,11 @@ def statement(tokens: list[Token]):
     if not operators:
         return value_of(tokens)
     if operators == [r"\in"]:
-        name = name_of(sides[0])
-        require(name)
-        return Named(name, value_of(sides[1]))
+        if name := name_of(sides[0]):
+            return Named(name, value_of(sides[1]))
+        member, container = map(value_of, sides)  # 2 \in M says something of M
+        require(isinstance(member, Number) and isinstance(container, Number))
+        return Relation((member, container), (r"\in",))
     return equation(sides) if {*operators} == {"="} else inequality(sides, operators)
 
 
@@ -1850,7 +1854,7 @@ def same_statement(gold, answer) -> bool:
         units = [s.value.unit if isinstance(getattr(s, "value", None), Quantity) else frozenset()
                  for s in (gold, answer)]  # fmt: skip
         return not conflict(*units) if all(units) else True
-    if not both_named:
+    if not both_named or (":" in gold.name and ":" in answer.name):  # S_1:S_2 is not S_2:S_1
         return False
     if g and a and not same_name(gold.name, answer.name):
         return False
@@ -1880,7 +1884,7 @@ def same_relation(gold: Relation, answer: Relation) -> bool:
     symmetric = {*gold.operators} <= {"=", r"\ne"}
     if symmetric and all(map(equal, sides[0], sides[1][::-1])):
         return True
-    if len(gold.operators) > 1:
+    if len(gold.operators) > 1 or gold.operators[0] not in MIRRORED:
         return False
     f, g = (add(left, mul(-1, right)) for left, right in sides)
     return proportional(f, g, symmetric)
