@@ -74,11 +74,8 @@ def require(condition) -> None:
 
 # ---- Extract: the part of a completion that is its answer ------------------------------------------------
 
-MARKS = re.compile(r"<\|[a-z_]{1,30}\|>|</?(?:s|answer|eos)>")  # they end a text, or an answer in it
-PHRASE = re.compile(
-    r"(?:answer(?:\s+is|[\s*]*:)|答案\s*[是为:：])[\s:：*]*(?=\S)",
-    re.IGNORECASE,
-)
+MARKS = re.compile(r"<(?:\|[a-z_]{1,30}\||/?(?:s|answer|eos))>")  # they end a text, or an answer in it
+PHRASE = re.compile(r"answer(?:\s+is|[\s*]*:)[\s:：*]*(?=\S)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.\s|\.$|\n|。")
 COPULA = re.compile(r".*(?:\b(?:is|are|equals?)\b|是|为)[\s:：]*(?=\S)", re.IGNORECASE | re.DOTALL)
 NUMBER = re.compile(
@@ -93,25 +90,27 @@ BARE_LATEX = re.compile(r"(\S*\\(?:[dtc]?frac|sqrt|binom)\S*?)[\s.,;:!?*。]*$")
 
 def extract_answer(completion: str) -> str | None:
     """The last box; else what follows ####; else "answer is" / "answer:"; else the last formula or number."""
-    completion = without_thoughts(completion)
-    start = max(completion.rfind(r"\boxed"), completion.rfind(r"\fbox"))
+    start = last_box(completion)
+    thoughts = completion.rfind("</think>", max(start, 0))  # a box behind it makes no difference
+    if thoughts >= 0 and (rest := completion[thoughts + len("</think>") :].strip()):
+        completion, start = rest, -1
     if start >= 0:
         return box(completion[start : start + MAX_CHARS + 20])
-    tail = MARKS.sub("\n", completion[-TAIL:])
+    tail = MARKS.sub("\n", completion[-TAIL:].replace("答案", " answer:"))
     if "####" in tail:
         first_line = tail.rpartition("####")[2].strip().partition("\n")[0]
         return first_line.strip()[:MAX_CHARS] or None
     if phrases := list(PHRASE.finditer(tail)):
         # the phrase's own sentence: "The answer is 3.14. I hope it is correct."
-        sentence = SENTENCE_END.split(tail[phrases[-1].end() :])[0].strip(" *")
+        sentence = SENTENCE_END.split(tail[phrases[-1].end() :], maxsplit=1)[0].strip(" *")
         return stated(sentence)[:MAX_CHARS] or None
     return last_value(tail)
 
 
-def without_thoughts(completion: str) -> str:
-    """What follows the last <think> block. If nothing does, the block is all there is to judge."""
-    _, end, rest = completion.rpartition("</think>")
-    return rest if end and rest.strip() else completion
+def last_box(text: str) -> int:
+    r"""Where the last \boxed or \fbox starts; -1 if there is none."""
+    start = text.rfind(r"\boxed")
+    return max(start, text.rfind(r"\fbox", max(start, 0)))
 
 
 def box(text: str) -> str | None:
@@ -133,6 +132,8 @@ def stated(sentence: str) -> str:
     A short text stays whole, as "October 30" does, and so does a sentence that denies something.
     """
     words = [word.lower() for word in PROSE.findall(sentence)]
+    if not words and sentence.isascii():
+        return sentence
     if not DENIALS.isdisjoint(words):
         return sentence
     match = COPULA.match(sentence)
@@ -1306,14 +1307,13 @@ class Undecided(Exception):
 
 
 class Ball(NamedTuple):
-    """A computed number: its value, and log2 of a bound of its error."""
+    """A computed number: its value, and log2 of a bound of its error. The rest is exact: int or Fraction."""
 
     value: tuple  # real and imaginary part, as libmp has them
     error: float
     real: bool  # is it real without any doubt?
 
 
-ZERO = Fraction(0)
 EXACT_BITS = 1 << 14  # a fraction with more of them goes on as a ball
 TOO_LARGE = 1 << 20  # bits in front of the point
 
@@ -1340,17 +1340,17 @@ def rounded(value: tuple, errors, bits: int, real: bool) -> Ball:
 
 
 def plus(a, b, bits: int):
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    if not (isinstance(a, Ball) or isinstance(b, Ball)):
         return a + b
     a, b = ball(a, bits), ball(b, bits)
     return rounded(libmp.mpc_add(a.value, b.value, bits), (a.error, b.error), bits, a.real and b.real)
 
 
 def times(a, b, bits: int):
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    if not (isinstance(a, Ball) or isinstance(b, Ball)):
         return a * b
-    if a == ZERO or b == ZERO:
-        return ZERO
+    if a == 0 or b == 0:
+        return 0
     a, b = ball(a, bits), ball(b, bits)
     errors = size(a.value) + b.error + 1, size(b.value) + a.error + 1, a.error + b.error
     return rounded(libmp.mpc_mul(a.value, b.value, bits), errors, bits, a.real and b.real)
@@ -1365,10 +1365,10 @@ def away_from_zero(a: Ball) -> float:
 
 
 def inverse(a, bits: int):
-    if isinstance(a, Fraction):
+    if not isinstance(a, Ball):
         if a == 0:
             raise Undefined
-        return 1 / a
+        return Fraction(a.denominator, a.numerator)
     relative = away_from_zero(a)
     value = libmp.mpc_reciprocal(a.value, bits)
     return rounded(value, (size(value) + relative + 1,), bits, a.real)
@@ -1376,11 +1376,11 @@ def inverse(a, bits: int):
 
 def to_integer(a, n: int, bits: int):
     """a^n"""
-    if isinstance(a, Fraction):
+    if not isinstance(a, Ball):
         if a == 0 and n <= 0:
             raise Undefined
         if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(n) <= EXACT_BITS:
-            return a**n
+            return a**n if n >= 0 else Fraction(a) ** n
         a = ball(a, bits)
     relative = away_from_zero(a) + math.log2(max(1, abs(n)))
     if relative > -4 or abs(size(a.value)) * abs(n) > TOO_LARGE:
@@ -1399,17 +1399,17 @@ def exact_root(a: Fraction, n: int) -> Fraction | None:
 
 def to_power(a, b, bits: int):
     """a^b: exact if it can be, a square root by itself, the rest as e^(b log a)."""
-    if isinstance(b, Fraction):
+    if not isinstance(b, Ball):
         if b.denominator == 1:
             return to_integer(a, b.numerator, bits)
-        if isinstance(a, Fraction):
+        if not isinstance(a, Ball):
             if a == 0:
                 return to_integer(a, 1 if b > 0 else -1, bits)
             if (exact := exact_root(a, b.denominator)) is not None:
                 return to_integer(exact, b.numerator, bits)
         if b.denominator == 2:
             return to_integer(square_root(ball(a, bits), bits), b.numerator, bits)
-    if a == ZERO:
+    if a == 0:
         raise Undefined
     return exponential(times(b, logarithm(a, bits), bits), bits)
 
@@ -1428,11 +1428,10 @@ def square_root(a: Ball, bits: int) -> Ball:
 
 
 def logarithm(a, bits: int):
-    if isinstance(a, Fraction):
-        if a == 0:
-            raise Undefined
-        if a == 1:
-            return ZERO
+    if a == 0:
+        raise Undefined
+    if a == 1:
+        return 0
     a = ball(a, bits)
     cut_is_clear(a)
     relative = away_from_zero(a)
@@ -1440,8 +1439,8 @@ def logarithm(a, bits: int):
 
 
 def exponential(a, bits: int):
-    if a == ZERO:
-        return Fraction(1)
+    if a == 0:
+        return 1
     a = ball(a, bits)
     if size(a.value) > 20 or a.error > -1:
         raise Undecided
@@ -1488,7 +1487,7 @@ def arc_tangent(a, bits: int):
 
 
 def absolute(a, bits: int):
-    if isinstance(a, Fraction):
+    if not isinstance(a, Ball):
         return abs(a)
     return Ball((libmp.mpc_abs(a.value, bits), libmp.fzero), max(a.error, size(a.value) - bits) + 2, True)
 
@@ -1497,8 +1496,8 @@ def whole(rounding):
     """Floor and ceiling, where the ball holds no integer."""
 
     def evaluate(a, bits: int):
-        if isinstance(a, Fraction):
-            return Fraction(rounding(a))
+        if not isinstance(a, Ball):
+            return rounding(a)
         if not a.real:
             raise Undefined
         if size(a.value) > MAX_BITS or a.error > -2:
@@ -1508,7 +1507,7 @@ def whole(rounding):
         margin = Fraction(2) ** math.ceil(a.error)
         if rounding(value - margin) != rounding(value + margin):
             raise Undecided
-        return Fraction(rounding(value))
+        return rounding(value)
 
     return evaluate
 
@@ -1518,11 +1517,11 @@ def counted(function):
 
     def evaluate(*arguments):
         *numbers, _ = arguments
-        if not all(isinstance(n, Fraction) and n.denominator == 1 and n >= 0 for n in numbers):
+        if any(isinstance(n, Ball) or n.denominator != 1 or n < 0 for n in numbers):
             raise Undefined
         if any(n > MAX_FACTORIAL for n in numbers):
             raise Undecided
-        return Fraction(function(*(n.numerator for n in numbers)))
+        return function(*(n.numerator for n in numbers))
 
     return evaluate
 
@@ -1558,15 +1557,39 @@ AT_ZERO = {sp.sin: 0, sp.cos: 1, sp.tan: 0, sp.sec: 1, sp.sinh: 0, sp.cosh: 1, s
 
 
 class Sample:
-    """The values of expressions at one point; `in_domain` until one of them leaves the real numbers."""
+    """The values of expressions at one point; `in_domain` until one of them leaves the real numbers.
+
+    `needed` are the bits with which an equality counts.
+    """
 
     def __init__(self, point: dict, bits: int, needed: int = 0):
         self.point, self.bits, self.needed, self.in_domain = point, bits, needed, True
 
     def value(self, e):
-        """A Fraction or a Ball."""
+        """An int, a Fraction or a Ball."""
+        if not e.args:
+            return self.leaf(e)
+        kind, bits = e.func, self.bits
+        operation = OPERATIONS.get(kind)
+        if operation is None:
+            raise Undecided
+        if kind is Pow and e.base is E:
+            return self.checked(exponential(self.value(e.exp), bits))
+        first, *others = values = [self.value(a) for a in e.args]
+        if kind is Add or kind is Mul:
+            for other in others:
+                first = operation(first, other, bits)
+            return self.checked(first)
+        if first == 0 and kind in AT_ZERO:
+            return AT_ZERO[kind]
+        result = operation(*values, bits)
+        if isinstance(result, Ball) and not result.real:  # did real numbers become one that is not?
+            self.in_domain &= any(isinstance(v, Ball) and not v.real for v in values)
+        return self.checked(result)
+
+    def leaf(self, e):
         if e.is_Rational:
-            return Fraction(e.p, e.q)
+            return e.p if e.q == 1 else Fraction(e.p, e.q)
         if e.is_Symbol:
             return self.point[e]
         if e is I:
@@ -1574,34 +1597,15 @@ class Sample:
         if e is pi or e is E:
             constant = libmp.mpf_pi if e is pi else libmp.mpf_e
             return Ball((constant(self.bits), libmp.fzero), 3.0 - self.bits, True)
-        operation = OPERATIONS.get(e.func)
-        if operation is None:
-            raise Undecided
-        if e.is_Pow and e.base is E:
-            operation, arguments = exponential, [self.value(e.exp)]
-        else:
-            arguments = [self.value(a) for a in e.args]
-        if arguments[0] == ZERO and e.func in AT_ZERO:
-            return Fraction(AT_ZERO[e.func])
-        value = arguments[0] if e.func in (Add, Mul) else operation(*arguments[:2], self.bits)
-        if e.func in (Add, Mul):
-            for argument in arguments[1:]:
-                value = operation(value, argument, self.bits)
-        self.note(arguments, value)
-        return self.small(value)
+        raise Undecided
 
-    def note(self, arguments, value) -> None:
-        """Did real numbers become a number that is not?"""
-        if isinstance(value, Ball) and not value.real:
-            if all(isinstance(a, Fraction) or a.real for a in arguments):
-                self.in_domain = False
-
-    def small(self, value):
-        if isinstance(value, Fraction):
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
-            return ball(value, self.bits) if bits > EXACT_BITS else value
-        if abs(value.error) > TOO_LARGE and value.error != -math.inf:
-            raise Undecided
+    def checked(self, value):
+        """Within the bounds: an exact number of too many digits goes on as a ball."""
+        if isinstance(value, Ball):
+            if value.error > TOO_LARGE:
+                raise Undecided
+        elif value.numerator.bit_length() + value.denominator.bit_length() > EXACT_BITS:
+            return ball(value, self.bits)
         return value
 
 
@@ -1618,37 +1622,43 @@ class Traits:
     def __init__(self, *expressions):
         self.letters, self.literals, self.bits = set(), set(), 0
         self.bends = self.jumps = self.counts = False
+        self.is_rational = True
         for e in expressions:
             self.walk(e)
         self.letters = sorted(self.letters, key=lambda s: s.name)
 
     def walk(self, e) -> None:
-        if e.is_Rational:
-            self.bits = max(self.bits, e.p.bit_length(), e.q.bit_length())
-            if e.q <= 1000 and 1 < abs(e.p) < 10**9 or e.q > 1 and e.q <= 1000:
-                self.literals.add(Fraction(abs(e.p), e.q))
+        kind = e.func
+        if not e.args:
+            if e.is_Symbol:
+                self.letters.add(e)
+            elif e.is_Rational:
+                self.bits = max(self.bits, e.p.bit_length(), e.q.bit_length())
+                if 1 < max(abs(e.p), e.q) < 10**9:
+                    self.literals.add(Fraction(abs(e.p), e.q))
             return
-        if e.is_Symbol:
-            self.letters.add(e)
-        elif e.func in (sp.floor, sp.ceiling):
-            self.jumps = True
-        elif e.func in (sp.factorial, sp.binomial):
-            self.counts = True
-        elif e.func is sp.Abs:
-            self.bends = True
-        elif e.is_Pow and e.exp.is_Rational and e.exp.q > 1:
-            self.bends |= not e.base.is_Rational
-        elif e.is_Pow and e.base.is_Rational and e.base.p < 0:
-            self.counts = True
+        if kind is Pow:
+            self.walk_power(e.base, e.exp)
+        elif kind is not Add and kind is not Mul:
+            self.is_rational = False
+            self.jumps |= kind in (sp.floor, sp.ceiling)
+            self.counts |= kind in (sp.factorial, sp.binomial)
+            self.bends |= kind is sp.Abs
         for argument in e.args:
             self.walk(argument)
 
+    def walk_power(self, base, exponent) -> None:
+        """Roots can change branch, a negative base tells even exponents from odd ones."""
+        if exponent.is_Integer:
+            return
+        self.is_rational = False
+        self.bends |= exponent.is_Rational and not base.is_Rational
+        self.counts |= base.is_Rational and base.p < 0 and not exponent.is_Rational
+
     def points(self):
         """Fixed points, and whether all of their values are positive."""
-        rows = list(self.rows())
-        names = self.letters
-        for row in rows:
-            yield dict(zip(names, row)), all(x > 0 for x in row)
+        for row in self.rows():
+            yield dict(zip(self.letters, row)), all(x > 0 for x in row)
 
     def rows(self):
         n = range(len(self.letters))
@@ -1658,28 +1668,35 @@ class Traits:
         if self.counts:
             yield from self.integer_rows()
             return
-        # two points in general position, below and above 1; then one where some letters are negative, as
-        # sqrt(x^2) is not x
-        yield [Fraction(211 + 618 * (3 * i + 1) % 700, 1009) for i in n]
-        yield [1 + Fraction(97 + 618 * (5 * i + 2) % 1500, 1013) for i in n]
-        yield [Fraction((-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900), 1019) for i in n]
+        # Two points in general position, below and above 1; then one where some letters are negative, as
+        # sqrt(x^2) is not x. A quotient of polynomials is as well off with integers, which are faster.
+        below = [211 + 618 * (3 * i + 1) % 700 for i in n]
+        above = [1013 + 97 + 618 * (5 * i + 2) % 1500 for i in n]
+        mixed = [(-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900) for i in n]
+        for row in (below, above, mixed):
+            yield row if self.is_rational else [Fraction(x, 1013) for x in row]
         if self.bends or self.jumps:
-            large = 3 * max(self.literals, default=1) + 40
-            for x in (large, -large):
-                yield [x + Fraction(x * (4 * i + 1), 97) for i in n]
-            for corner in sorted(self.literals)[:4]:
-                for x in (corner, -corner):
-                    for side in (-1, 1):
-                        yield [x + Fraction(side * (3 + 2 * i), 10 + i) for i in n]
+            yield from self.far_rows()
         if self.jumps:
             for corner in sorted({x % 1 for x in self.literals})[:4]:  # floor(x + 1/2) jumps at halves
                 for x in (corner, -corner):
                     yield [x + (-1) ** i * (3 + i) for i in n]
             yield from self.integer_rows()
 
+    def far_rows(self):
+        """Large values of either sign, and both sides of the numbers where |x - 5| may bend."""
+        n = range(len(self.letters))
+        large = 3 * max(self.literals, default=1) + 40
+        for x in (large, -large):
+            yield [x + Fraction(x * (4 * i + 1), 97) for i in n]
+        for corner in sorted(self.literals)[:4]:
+            for x in (corner, -corner):
+                for side in (-1, 1):
+                    yield [x + Fraction(side * (3 + 2 * i), 10 + i) for i in n]
+
     def integer_rows(self):
         """Small integers of either parity, in either order, negative and large ones."""
-        integers = [Fraction(x) for x in (4, 3, 7, 2, 5, 8, 6, 1, 9, 12, -3, -4, 30, 0, 11, 101)]
+        integers = 4, 3, 7, 2, 5, 8, 6, 1, 9, 12, -3, -4, 30, 0, 11, 101
         for row in range(len(integers)):
             yield [integers[(row + (2 * row + 3) * i) % len(integers)] for i in range(len(self.letters))]
 
@@ -1689,7 +1706,7 @@ INTEGER_NAMES = "ijklmnpq"
 
 def difference(a, b, sample: Sample) -> bool:
     """Is a - b zero? Its bound holds 0 and is small beside both sides; or it does not hold 0."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
+    if not (isinstance(a, Ball) or isinstance(b, Ball)):
         return a == b
     bits = sample.bits
     a, b = ball(a, bits), ball(b, bits)
@@ -1919,7 +1936,7 @@ def proportional(f, g, symmetric: bool) -> bool:
     def same_ratio(u, v, sample):
         nonlocal first
         bits = sample.bits
-        if u == ZERO or v == ZERO:
+        if u == 0 or v == 0:
             if u == v:
                 raise Undefined
             return False
@@ -1995,7 +2012,7 @@ def is_no_gold(gold: str) -> bool:
 
 def as_float(e) -> float:
     value = Sample({}, BITS).value(e)
-    return float(value) if isinstance(value, Fraction) else libmp.to_float(value.value[0])
+    return libmp.to_float(value.value[0]) if isinstance(value, Ball) else float(value)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------
