@@ -337,7 +337,7 @@ RULES = {
     "degree": lambda *_: [("sign", "°")],
     "clock": lambda _, match, __: [("word", match["half"].lower() + "m")],
     "times": lambda *_: [("sign", "*")],
-    "text": lambda _, match, __: texted(match["content"].strip(), match["font"]),
+    "text": lambda _, match, __: texted(match["content"].strip().rstrip("\\"), match["font"]),
     "marked": lambda written, *_: [("number", re.sub("[^0-9.]", "", written))],
     "thousands": lambda written, *_: [("number", re.sub("[ ,]", "", written))],
     "number": lambda written, *_: [("number", written)],
@@ -541,11 +541,13 @@ class Expression:
         """An atom with what stands behind it: exponents, factorials, a degree sign."""
         base = self.mixed() or self.atom()
         while operator := self.take("^", "!", "°"):
-            if operator == "^":
-                exponent = self.argument()
-                if base.is_Symbol and self.peek().text == "_":  # v^2_0 is v_0^2
+            if operator == "^" and base.is_Symbol:
+                exponent = self.exponent()
+                if self.peek().text == "_":  # v^2_0 is v_0^2
                     base = self.symbol(base.name)
                 base = power(base, exponent)
+            elif operator == "^":
+                base = power(base, self.argument())
             else:
                 base = factorial(base) if operator == "!" else mul(base, self.degree)
             require(self.peek().text != operator)  # neither 9^9^9 nor 5!! is clear
@@ -581,6 +583,12 @@ class Expression:
             return text[0]
         self.at += 1
         return text
+
+    def exponent(self):
+        """As in TeX, a letter without braces is all of it: in x^n_0 the index belongs to x."""
+        if self.peek().kind == "letter" and self.peek().text not in CONSTANTS:
+            return Symbol(self.take().strip("\\"))
+        return self.argument()
 
     def argument(self):
         """A group or one token, with its sign: x^{10}, x^10, x^-1."""
@@ -806,29 +814,8 @@ LABELS = set("solution answer result is the final set".split())
 
 
 # What an expression alone does not have; words are no part of it either.
-UPPER = {
-    ",",
-    ":",
-    "_",
-    "|",
-    "[",
-    r"\{",
-    "(",
-    r"\begin",
-    r"\begin?",
-    r"\langle",
-    r"\cup",
-    r"\setminus",
-    r"\pm",
-}
-UPPER |= {
-    r"\mp",
-    r"\R",
-    r"\infty",
-    r"\emptyset",
-    "°",
-    *(t for t, kind in KINDS.items() if kind == "relation"),
-}
+UPPER = set(r", : _ | ( ) [ \{ \begin \begin? \langle \cup \setminus \pm \mp \R \infty \emptyset °".split())
+UPPER |= {text for text, kind in KINDS.items() if kind == "relation"}
 
 
 def listed(tokens: list[Token]):
@@ -838,12 +825,29 @@ def listed(tokens: list[Token]):
     label, colon = split(tokens, (":",))
     if colon and all(token.text in LABELS for token in label[0]):  # Solution is: x = 4
         tokens = tokens[len(label[0]) + 1 :]
-    items = items_of(tokens)
+    return united(items_of(tokens))
+
+
+def united(items: tuple):
+    """x < 1 or x > 5 is a union; x > 1 and x < 5 overlap, so that (1, 5) is meant; the rest are lists."""
     if len(items) == 1:
         return items[0]
-    if all(isinstance(i, Named) and i.relation and i.relation.operators[0] != "=" for i in items):
+    if not all(isinstance(i, Named) and i.relation and i.relation.operators[0] != "=" for i in items):
+        return Set(items)
+    if len({i.name for i in items}) > 1 or not all(isinstance(i.value, (Tuple, Union)) for i in items):
         return Union(items)
-    return Set(items)
+    name, values = items[0].name, [i.value for i in items]
+    if all(i.relation.operators == (r"\ne",) for i in items):
+        return Named(name, without([value.pieces[0].items[1] for value in values]))
+    ends = [value.items for value in values if isinstance(value, Tuple)]
+    if len(ends) == len(items) == 2:
+        low = 0 if ends[1][0] == MINUS_INFINITY else 1
+        (a, above), (below, b) = ends[low], ends[1 - low]
+        if above == INFINITY and below == MINUS_INFINITY != a and b != INFINITY:
+            if as_float(a.expr) < as_float(b.expr):
+                brackets = values[low].brackets[0] + values[1 - low].brackets[1]
+                return Named(name, Tuple(brackets, (a, b)))
+    return Union(items)
 
 
 def items_of(tokens: list[Token]) -> tuple:
@@ -1135,21 +1139,26 @@ def brace_set(inner: list[Token]) -> Set:
 
 
 def choice_of(tokens: list[Token]):
-    """(B) 12 and option B. A second letter in parentheses would be a second answer."""
-    if len(tokens) == 2 and tokens[0].text in ("option", "choice") and is_label(tokens[1]):
+    """(B) 12, B) 12 and option B. A second letter in parentheses would be a second answer."""
+    if tokens[0].text in ("option", "choice") and len(tokens) == 2 and is_label(tokens[1]):
         return Text(tokens[1].text.lower())
-    if len(tokens) < 4 or not is_label(tokens[1]) or not tokens[2].text == ")" or tokens[0].text != "(":
+    at = 1 if tokens[0].text == "(" else 0
+    if len(tokens) < at + 2 or not is_label(tokens[at]) or tokens[at + 1].text != ")":
         return None
-    rest = tokens[3:]
-    if rest[0].kind not in ("number", "command", "word", "letter"):
+    label, rest = tokens[at], tokens[at + 2 :]
+    if not rest:
+        return Text(label.text.lower())
+    # (B)-3 may be a difference; in \\text{(B)} the letter is a word
+    if rest[0].text in ("^", "+", "*", "/", "=") or (rest[0].text == "-" and label.kind != "word"):
         return None
-    labels = [t for t, left in zip(rest[1:], rest) if left.text == "(" and is_label(t)]
-    require(not labels)
-    return Choice(tokens[1].text.lower(), value_of(rest))
+    if any(left.text == "(" and is_label(t) for left, t in zip(rest, rest[1:])):
+        return None
+    return Choice(label.text.lower(), value_of(rest))
 
 
 def is_label(token: Token) -> bool:
-    return token.kind in ("letter", "word") and token.text in tuple("ABCDEFGHabcdefgh")
+    letters = "abcdefgh" if token.kind == "word" else "ABCDEFGH"
+    return len(token.text) == 1 and token.text in letters
 
 
 def is_text(tokens: list[Token]) -> bool:
@@ -1244,20 +1253,15 @@ def built_set(inner: list[Token]):
     r"""\{x \mid 2 < x < 3\}, or with a colon: the interval, or whatever the condition makes of x."""
     for mark in ("|", ":"):
         parts, marks = split(inner, (mark,))
+        condition = inner[len(parts[0]) + 1 :]
         if not marks or not name_of(split(parts[0], (r"\in",))[0][0]):
             continue
-        condition = inner[len(parts[0]) + 1 :]
         if any(token.kind == "relation" for token in condition):
-            value = listed(condition)
-            if isinstance(value, Union) and all(i.relation.operators == (r"\ne",) for i in value.pieces):
-                return without([excluded(i) for i in value.pieces])
+            # "x is real" says nothing beside other conditions
+            conditions = [c for c in split(condition, (",",))[0] if spell(c[-2:]) != r"\in\R"]
+            value = united(tuple(map(statement, conditions)))
             return value.value if isinstance(value, Named) else value
     return None
-
-
-def excluded(named: Named) -> Number:
-    """The point that x \\ne 1 leaves out."""
-    return named.value.pieces[0].items[1]
 
 
 def matrix(tokens: list[Token]) -> Matrix:
