@@ -1,48 +1,62 @@
-r"""Is a completion's final answer correct? The reward of every RL script and the judge of every evaluation.
+r"""Is a completion's final answer correct?
 
-    verify(completion, gold) = equivalent(extract_answer(completion), gold); it never raises and never prints.
+The reward of every RL script and the judge of every evaluation:
 
-A text is read in five steps, and each has its own part of this file:
+    verify(completion, gold) = equivalent(extract_answer(completion), gold)
+
+It never raises and never prints. A text is read in five steps, each in its own part of this file:
 
     extract   the part of a completion that is its answer
     lex       that text as typed tokens, from one table
-    read      one grammar, from the top down: list > relation > union > quantity > sum > product > power > atom.
-              It returns small values (Number, Quantity, Tuple, Set, ...) that hold sympy expressions
-    evaluate  an expression at a point: an exact fraction, or a value with a bound of its error
+    read      one grammar, from the top down: list > relation > union > quantity > sum > product >
+              power > atom. It returns small values (Number, Quantity, Tuple, Set, ...) that hold
+              sympy expressions
+    evaluate  an expression at a point: exactly, or as a value with a bound of its error
     same      are two values the same answer? One case for each policy
 
-Policies, by name; the same names stand in `same` and in docs/verifier.md
-    last box      The last \boxed{} or \fbox{} counts, and an empty or unterminated one is no answer. Without a
-                  box: what follows the last ####; else the last "answer is" or "answer:"; else the last
-                  formula or number. A <think> block is not searched when a text follows it.
-    one answer    "A or B", \pm and several boxes never buy a second chance: the number of answers must match.
-    no echo       Where the gold is a plain number (integer, decimal, a/b, mixed, a x 10^n), the answer must be
-                  one: 17 \times 24 or 5! hands the question back.
-    exact         A decimal equals a fraction only exactly: neither 0.3333 nor 3.3333333333 is an exact third.
-                  Any tolerance is a prize for being near, and a percent sign is no factor of 100.
-    error bound   Other expressions are evaluated with a bound of the error. They are equal if the difference
-                  may be 0 and its bound is small beside both. What cannot be decided is not equal.
-    sample points Letters get fixed values. Where a floor, an absolute value or a root can change branch, large
-                  and negative values are among them. Letters under (-1)^n, n! or \binom are integers.
-    units         A missing unit is correct, a conflicting one is not. Words that assert or scale are no unit:
-                  "5 million" is 5000000, and "5 is wrong" is nothing.
-    brackets      (1,2) is not [1,2] or {1,2}. An open interval and a pair are written, and read, alike.
-    order         Lists and sets are unordered, so {1,2} is 1, 2. Tuples, matrices and ratios are ordered. 6:8 is
-                  not 3:4, as 6:08 is not 3:04. A comma is never a decimal point: 4,5 is two answers.
-    bases         52_8 equals only 52_8: a question about base 8 asks for its digits.
-    names         x = 5, a+b = 5 and |AB| = 5 are 5 with a name; x = 5 is not y = 5, but f(x) = 5 may be.
-                  A sum with numerals (x+3 = 7), or of x, y and z, is an equation and no name.
-    approximation a \approx b stands for a; x \approx 5 is 5 with a name. A gold a \approx b accepts either.
-    relations     Equations agree up to a factor, inequalities up to a positive one; x > 2 is (2, \infty).
-    text          Case-insensitive, as a whole: \text{Even} is even. Bare letters are variables: c is not C.
-    choice        The gold (B) 12 accepts B, 12 or both. The gold B accepts (B) 12 and "option B".
-    unreadable    What cannot be read equals only the same tokens. Such a gold, or one that nobody can earn
-                  (proof, None, N/A), is refused by check_gold: the row should be dropped, and counted.
-    logarithms    \log is the natural one, as in most of mathematics; \log_{10} says that it is another.
+Policies; the same names stand in `same` and in docs/verifier.md
 
-Safety: nothing of a text is executed, compiled or handed to sympy as text. Characters, tokens, depth, items and
-digits, and the bits of powers, factorials and binomials, are bounded before anything is computed. There are no
-signals, threads, processes or global state, and every precision is an argument: any thread will do.
+    last box      The last \boxed{} or \fbox{} counts; an empty or unterminated one is no answer.
+                  Without a box: what follows the last ####; else the last "answer is" or
+                  "answer:"; else the last formula or number. A <think> block is not searched
+                  when a text follows it, as there a model tries answers that it gives up.
+    one answer    "A or B", \pm and several boxes buy no second chance: the number of answers
+                  must match. 2 and 6 in two boxes are not the gold 2, 6.
+    no echo       Where the gold is a plain number (integer, decimal, a/b, mixed, a x 10^n), the
+                  answer must be one: 17 \times 24 or 5! hands the question back.
+    exact         A decimal equals a fraction only exactly: neither 0.3333 nor 3.3333333333 is a
+                  number of thirds. A tolerance would be a prize for being near, and nobody could
+                  say where it ends. A percent sign is no factor of 100.
+    error bound   Other expressions are evaluated with a bound of the error. They are equal if the
+                  difference may be 0 and its bound is small beside both. What the bounds cannot
+                  decide is not equal, so that no size of terms that cancel buys a verdict.
+    sample points Letters get fixed values. Where a floor, an absolute value or a root may change
+                  branch, large, negative and integer values are among them. Letters under
+                  (-1)^n, n! or \binom are integers.
+    units         A missing unit is correct, a conflicting one is not. Words that assert or scale
+                  are no unit: "5 million" is 5000000, and "5 is wrong" is nothing.
+    brackets      (1,2) is not [1,2] or {1,2}. An open interval is written, and read, like a pair.
+    order         Lists and sets have none, so {1,2} is 1, 2. Tuples, matrices and ratios have one.
+                  6:8 is not 3:4, as 6:08 is not 3:04. A comma is never a decimal point, as 4,5
+                  are two answers.
+    bases         52_8 equals only 52_8: a question about base 8 asks for its digits.
+    names         x = 5, a+b = 5 and |AB| = 5 are 5 with a name. x = 5 is not y = 5, but f(x) = 5
+                  may be. With numerals (x+3 = 7) or as a gold in x, y, z it is an equation.
+    approximation a \approx b stands for a, x \approx 5 for 5. A gold a \approx b accepts either.
+    relations     Equations agree up to a factor, inequalities up to a positive one. x > 2 is
+                  (2, \infty).
+    text          As a whole, in any case: \text{Even} is even. Bare letters are variables, so c is
+                  not C, and neither is +c the same as +C.
+    choice        The gold (B) 12 accepts B, 12 or both. The gold B accepts (B) 12 and "option B",
+                  but no sentence about B.
+    logarithms    \log is the natural one, as in most of mathematics; \log_{10} is another.
+    unreadable    What cannot be read equals only the same tokens. check_gold refuses such a gold,
+                  and one that nobody can earn (proof, None, N/A): drop the row, and count it.
+
+Safety: nothing of a text is executed, compiled or handed to sympy as text. Characters, tokens,
+depth, items and digits, and the bits of powers, factorials and binomials, are bounded before
+anything is computed. There are no signals, threads, processes or global state, and every
+precision is an argument: any thread will do.
 """
 
 import math
@@ -72,26 +86,28 @@ def require(condition) -> None:
         raise ValueError
 
 
-# ---- Extract: the part of a completion that is its answer ------------------------------------------------
+# ---- Extract: the part of a completion that is its answer ------------------------------------
 
-MARKS = re.compile(r"<(?:\|[a-z_]{1,30}\||/?(?:s|answer|eos))>")  # they end a text, or an answer in it
+# Marks that end a text, or an answer in it.
+MARKS = re.compile(r"<(?:\|[a-z_]{1,30}\||/?(?:s|answer|eos))>")
 PHRASE = re.compile(r"answer(?:\s+is|[\s*]*:)[\s:：*]*(?=\S)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.\s|\.$|\n|。")
-COPULA = re.compile(r".*(?:\b(?:is|are|equals?)\b|是|为)[\s:：]*(?=\S)", re.IGNORECASE | re.DOTALL)
+COPULA = re.compile(r"(?is).*(?:\b(?:is|are|equals?)\b|是|为)[\s:：]*(?=\S)")
 NUMBER = re.compile(
     r"(?:(?<![\w.)])-)?"
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]*\.?[0-9]+)"
     r"(?:\.[0-9]+|/[0-9]+)?"
 )
-PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a word that is neither a command nor in a \text{}
+# A word that is neither a command nor in a \text{}.
+PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 DENIALS = {"not", "never", "neither", "nor", "either", "cannot"}
 BARE_LATEX = re.compile(r"(\S*\\(?:[dtc]?frac|sqrt|binom)\S*?)[\s.,;:!?*。]*$")
 
 
 def extract_answer(completion: str) -> str | None:
-    """The last box; else what follows ####; else "answer is" / "answer:"; else the last formula or number."""
+    """The last box; else what follows ####; else "answer is"; else the last formula or number."""
     start = last_box(completion)
-    thoughts = completion.rfind("</think>", max(start, 0))  # a box behind it makes no difference
+    thoughts = completion.rfind("</think>", max(start, 0))  # the box may follow them
     if thoughts >= 0 and (rest := completion[thoughts + len("</think>") :].strip()):
         completion, start = rest, -1
     if start >= 0:
@@ -120,7 +136,7 @@ BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def box(text: str) -> str | None:
-    """The balanced braces of the box that starts `text`; None if it is empty, unterminated or overlong."""
+    """The braces of the box that starts `text`; None if it is empty, unterminated or overlong."""
     opening = BOX.match(text)
     if opening is None or opening[1] != "{":
         return opening and opening[1].rstrip(".,")  # \boxed 5
@@ -135,7 +151,7 @@ def box(text: str) -> str | None:
 def stated(sentence: str) -> str:
     """Of "The total is 34 dollars", what it says of the total; of other prose, its last value.
 
-    A short text stays whole, as "October 30" does, and so does a sentence that denies something.
+    A short text stays whole, as "October 30" does; so does a sentence that denies something.
     """
     words = [word.lower() for word in PROSE.findall(sentence)]
     if not words and sentence.isascii():
@@ -151,7 +167,7 @@ def stated(sentence: str) -> str:
 
 
 def last_value(text: str) -> str | None:
-    r"""The last number, or the formula that it stands in: of $\frac{2}{5}$ the 5 is no answer."""
+    r"""The last number, or the formula around it: of $\frac{2}{5}$ the 5 is no answer."""
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
@@ -165,22 +181,24 @@ def last_value(text: str) -> str | None:
     if bare := BARE_LATEX.search(text):
         return re.split(r"(?<![<>!\\])=", bare[1])[-1]
     word = re.search(r"\S*$", text[: last.start()])[0]
-    return None if re.search(r"\\[a-z]+\{", word) else last[0]  # the inside of a command is no answer
+    # what stands inside of a command is no answer
+    return None if re.search(r"\\[a-z]+\{", word) else last[0]
 
 
 def formula_around(text: str, start: int, end: int) -> str | None:
-    """The formula between two dollar signs or brackets, if it is one: no prose, and more than a number."""
+    """What stands between dollar signs or brackets, if it is more than a number and no prose."""
     for left, right in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         before, after = text.rfind(left, 0, start + 1), text.find(right, end)
         if before < 0 or after < 0:
             continue
         formula = text[before + len(left) : after]
-        if re.search(r"[\\^(\[,A-Za-z]", formula) and right not in formula and not PROSE.search(formula):
+        is_more = re.search(r"[\\^(\[,A-Za-z]", formula) is not None
+        if is_more and right not in formula and not PROSE.search(formula):
             return formula
     return None
 
 
-# ---- Lex: a text as typed tokens -------------------------------------------------------------------------
+# ---- Lex: a text as typed tokens -------------------------------------------------------------
 
 
 class Token(NamedTuple):
@@ -200,7 +218,8 @@ CHARACTERS = r"""
     ⅐\frac17 ⅛\frac18 ⅜\frac38 ⅝\frac58 ⅞\frac78 ⅑\frac19
     ’' ′' ‘' ″'' （( ）) ［[ ］] ｛\{ ｝\} ，, 、, ；; ：: ＝= ＋+ －- ／/ ＜< ＞> ％% ｜| 。. ～~
     ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ⟨\langle ⟩\rangle 〈\langle 〉\rangle €\text{euro} £\text{sterling}"""
-CHARACTERS = str.maketrans({pair[0]: pair[1:] + " " * pair[-1].isalpha() for pair in CHARACTERS.split()})
+CHARACTERS = {pair[0]: pair[1:] + " " * pair[-1].isalpha() for pair in CHARACTERS.split()}
+CHARACTERS = str.maketrans(CHARACTERS)
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
 
 # The table of tokens. Of two rules that match at a place, the first one counts.
@@ -216,9 +235,10 @@ TOKENS = {
         | \\(?:left|right|[bB]igg?[lrm]?|q?quad|(?:display|text)style|limits|rm|bf|it
           |math(?:bf|it|sf|tt|cal|bb|frak|scr)|boldsymbol|bm|vec|hat|widehat|overrightarrow
           |boxed|fbox)(?![A-Za-z])\.?""",
-    "text": r"""\\(?P<font>text(?:bf|rm|it|sf|tt|up|normal)?|emph|[mh]box|mathrm|operatorname)\*?
-        \s*\{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}""",
-    # 10{,}000 and 1\,234: marked, and so never a list; 1,234 and 1 234 are one only outside of brackets
+    "text": r"""
+        \\(?P<font>text(?:bf|rm|it|sf|tt|up|normal)?|emph|[mh]box|mathrm|operatorname)\*?\s*
+        \{(?P<content>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}""",
+    # 10{,}000 and 1\,234 can be no list; 1,234 and 1 234 are numbers only outside of brackets
     "marked": r"[0-9]+(?:(?:\{,\}|,\\!\s*|\\[,!;:]\s*)[0-9]{3}(?![0-9]))+(?:\.[0-9]+)?",
     "thousands": r"""[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?:\ [0-9]{3})+)
         (?![ ,]?[0-9]|\s*/)(?:\.[0-9]+)?""",
@@ -228,35 +248,40 @@ TOKENS = {
         | (?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?  # 4.5e33""",
     "raised": r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+",
     "lowered": r"[₀₁₂₃₄₅₆₇₈₉]+",
-    "matrix": r"\\(?P<edge>begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\*?\}(?:\{[a-z|\ ]*\})?",
+    "matrix": r"""
+        \\(?P<edge>begin|end)\s*\{(?:[pbB]?(?:small)?matrix|array)\*?\}(?:\{[a-z|\ ]*\})?""",
     "block": r"\\(?P<side>begin|end)\s*\{[A-Za-z]+\*?\}",  # any other: only as a whole
     "command": r"\\[A-Za-z]+ | \\[{}|%$]",
     "word": r"[A-Za-z]+",
     "foreign": r"[^\W\d_]+",
     "sign": r"\*\* | \+/- | != | [<>]= | [-+*/^_=<>()\[\]{}|!,;:&'%]",
 }
-TOKEN = re.compile("|".join(f"(?P<{kind}> {rule}\n)" for kind, rule in TOKENS.items()), re.VERBOSE)
+TOKEN = "|".join(f"(?P<{kind}> {rule}\n)" for kind, rule in TOKENS.items())
+TOKEN = re.compile(TOKEN, re.VERBOSE)
 
 SPELLINGS = r"""
-    \leq=\le \leqslant=\le \leqq=\le \geq=\ge \geqslant=\ge \geqq=\ge \neq=\ne \lt=< \gt=> <==\le >==\ge
-    !==\ne \approxeq=\approx \simeq=\approx \times=* \cdot=* \ast=* **=^ \div=/ \colon=: +/-=\pm
+    \leq=\le \leqslant=\le \leqq=\le \geq=\ge \geqslant=\ge \geqq=\ge \neq=\ne \lt=< \gt=>
+    <==\le >==\ge !==\ne \approxeq=\approx \simeq=\approx
+    \times=* \cdot=* \ast=* **=^ \div=/ \colon=: +/-=\pm
     \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime=' \backslash=\setminus
-    \varnothing=\emptyset \infinity=\infty \inf=\infty \oo=\infty \or=, \and=, \lor=, \land=, ;=,
-    \arcsin=\asin \arccos=\acos \arctan=\atan \ln=\log \abs=\Abs \varphi=\phi \varepsilon=\epsilon
+    \varnothing=\emptyset \infinity=\infty \inf=\infty \oo=\infty
+    \or=, \and=, \lor=, \land=, ;=,
+    \arcsin=\asin \arccos=\acos \arctan=\atan \ln=\log \abs=\Abs
+    \varphi=\phi \varepsilon=\epsilon
     \dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \overline=\bar
     \widetilde=\tilde"""
 SPELLINGS = dict(pair.rsplit("=", 1) for pair in SPELLINGS.split())
 FUNCTIONS = "sin cos tan asin acos atan cot sec csc sinh cosh tanh exp log Abs".split()
 NAMES = """
-    alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau
-    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar angle
-    triangle"""
+    alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho
+    sigma tau upsilon phi chi psi omega
+    Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega
+    ell hbar angle triangle"""
 KINDS = {"\\" + name: "letter" for name in NAMES.split()}
 KINDS |= {"\\" + name: "function" for name in FUNCTIONS}
-KINDS |= dict.fromkeys(r"\pi \frac \binom \sqrt \bar \tilde \infty \R \emptyset".split(), "command")
-KINDS |= dict.fromkeys(
-    r"\cup \cap \setminus \pm \mp \over \choose \dot \to \lim \sum \int".split(), "command"
-)
+COMMANDS = r"\pi \frac \binom \sqrt \bar \tilde \infty \R \emptyset \cup \cap \setminus \pm \mp"
+COMMANDS += r" \over \choose \dot \to \lim \sum \int"
+KINDS |= dict.fromkeys(COMMANDS.split(), "command")
 KINDS |= dict.fromkeys(r"= < > \le \ge \ne \in \approx".split(), "relation")
 KINDS |= dict.fromkeys([*r"( [ { \{ \langle \lfloor \lceil \begin \begin?".split()], "open")
 KINDS |= dict.fromkeys([*r") ] } \} \rangle \rfloor \rceil \end \end?".split()], "close")
@@ -265,21 +290,23 @@ COMMANDS = {name for name in [*KINDS, *SPELLINGS] if name[0] == "\\" and name[1:
 LEVEL = {text: (kind == "open") - (kind == "close") for text, kind in KINDS.items()}
 
 UNITS = """
-    mm millimeter millimetre|cm centimeter centimetre|dm decimeter|m meter metre|km kilometer kilometre|
-    in inch inche|ft foot feet|yd yard|mi mile|g gram|kg kilogram|mg milligram|lb pound|oz ounce|ton|acre|
-    l liter litre|ml milliliter millilitre|gal gallon|s sec second|min minute|h hr hour|day|week|month|
-    year yr|cent penny|dollar usd buck|euro eur|sterling gbp|percent pct|° degree deg|rad radian|c celsius|
-    f fahrenheit|mi-per-h mph|km-per-h kph|am|pm|2 square sq squared|3 cubic cu cubed|per /|hz hertz|men"""
+    mm millimeter millimetre|cm centimeter centimetre|dm decimeter|m meter metre|km kilometer
+    kilometre|in inch inche|ft foot feet|yd yard|mi mile|g gram|kg kilogram|mg milligram|lb pound|
+    oz ounce|ton|acre|l liter litre|ml milliliter millilitre|gal gallon|s sec second|min minute|
+    h hr hour|day|week|month|year yr|cent penny|dollar usd buck|euro eur|sterling gbp|percent pct|
+    ° degree deg|rad radian|c celsius|f fahrenheit|mi-per-h mph|km-per-h kph|am|pm|per /|hz hertz|
+    2 square sq squared|3 cubic cu cubed|men"""
 UNITS = {spelling: line.split()[0] for line in UNITS.split("|") for spelling in line.split()}
 CURRENCY = {"dollar", "euro", "sterling"}
 FILLER = set("unit of the a total".split())  # they say nothing beside a number
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES["trillion"] = 10**12
 # Words that assert, deny, compare or choose: what they stand in is a sentence and no unit.
-ASSERTIONS = set(
-    """is are was were be not no nor neither none never either if when where whether but than instead except
-    almost nearly wrong true false correct incorrect answer because since so thus hence plus minus divided
-    half double twice rather maybe perhaps""".split()
-)
+ASSERTIONS = """
+    is are was were be not no nor neither none never either or if when where whether but than
+    instead except almost nearly wrong true false correct incorrect answer because since so thus
+    hence plus minus divided half double twice rather maybe perhaps"""
+ASSERTIONS = set(ASSERTIONS.split())
 
 
 def lex(text: str) -> list[Token]:
@@ -311,7 +338,7 @@ def lex(text: str) -> list[Token]:
 
 
 def unglued(command: str) -> str:
-    r"""A set that strips spaces writes \piR and \leqslantx: the longest command that starts it."""
+    r"""Where spaces got lost, as in \piR and \leqslantx: the longest command that starts it."""
     for length in range(len(command) - 1, max(2, len(command) - 4), -1):
         if command[:length] in COMMANDS:
             return command[:length]
@@ -330,7 +357,8 @@ def scripted(written: str) -> list[tuple[str, str]]:
 # What the rules of the table make of what they match: pairs of a kind and a canonical spelling.
 CANONICAL = {text: [(kind, text)] for text, kind in KINDS.items()}
 CANONICAL |= {text: [(KINDS.get(to, "sign"), to)] for text, to in SPELLINGS.items()}
-CANONICAL |= {"%": [("word", "percent")], r"\%": [("word", "percent")], r"\$": [("word", "dollar")]}
+CANONICAL |= dict.fromkeys(("%", r"\%"), [("word", "percent")])
+CANONICAL |= {r"\$": [("word", "dollar")]}
 RULES = {
     "row": lambda *_: [("sign", r"\\")],
     "reals": lambda *_: [("command", r"\R")],
@@ -353,7 +381,7 @@ RULES = {
 
 
 def spelled(word: str, following: str = "") -> list[tuple[str, str]]:
-    """A bare run of letters: a function, a constant, a separator, a unit, a longer word, or letters."""
+    """A run of letters: a function, a constant, a separator, a unit, a word, or single letters."""
     if following == "{" and word in ("bar", "overline", "tilde"):
         return [("command", SPELLINGS.get("\\" + word, "\\" + word))]
     command = SPELLINGS.get("\\" + word.lower(), "\\" + word)
@@ -367,9 +395,10 @@ def spelled(word: str, following: str = "") -> list[tuple[str, str]]:
 
 
 def texted(content: str, font: str) -> list[tuple[str, str]]:
-    r"""What a \text{...} holds: words, separators, or mathematics that happens to stand in a text box."""
+    r"""What a \text{...} holds: words, separators, or mathematics that happens to stand there."""
     function = SPELLINGS.get("\\" + content, "\\" + content)
-    if KINDS.get(function) == "function" or (font in ("mathrm", "operatorname") and content in ("e", "i")):
+    is_constant = content in ("e", "i") and font in ("mathrm", "operatorname")
+    if KINDS.get(function) == "function" or is_constant:
         return spelled(content)
     has_digits = re.search("[0-9]", content) and not re.match(r".*[A-Za-z]{2}.*[0-9]", content)
     if has_digits or re.search(r"[\\${]", content):
@@ -387,11 +416,11 @@ def texted(content: str, font: str) -> list[tuple[str, str]]:
     return tokens
 
 
-# ---- Algebra: sympy objects, unevaluated but for rational numbers, each step within MAX_BITS -------------
+# ---- Algebra: sympy objects, unevaluated but for rational numbers, each step within MAX_BITS -
 
 
 def _fold(operation, *terms):
-    """The sum or product: rational numbers are computed, anything else is written down beside them."""
+    """The sum or product: rational numbers are computed, the rest is written down beside them."""
     if len(terms) == 1:
         return terms[0]
     number, others = operation.identity, []
@@ -422,7 +451,8 @@ def power(base, exponent):
 
 
 def root(a, n):
-    if a.is_Rational and a.p < 0 and n.is_Integer and n.p % 2:  # the real one: the cube root of -8 is -2
+    # the real one: the cube root of -8 is -2
+    if a.is_Rational and a.p < 0 and n.is_Integer and n.p % 2:
         return mul(-1, root(-a, n))
     return power(a, div(Integer(1), n))
 
@@ -460,10 +490,11 @@ def literal(text: str):
     return Rational(value.numerator, value.denominator)
 
 
-# ---- Read, lower half: sum > product > power > atom ------------------------------------------------------
+# ---- Read, lower half: sum > product > power > atom ------------------------------------------
 
 CONSTANTS = {"e": E, "i": I, r"\pi": pi}
-BRACKETS = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+BRACKETS = {"(": ")", "[": "]", "{": "}", "|": "|"}
+BRACKETS |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 WRAPPERS = {"|": sp.Abs, r"\lfloor": sp.floor, r"\lceil": sp.ceiling}
 BUILDERS = {"\\" + name: partial(getattr(sp, name), evaluate=False) for name in FUNCTIONS}
 ANGLES = {r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc"}
@@ -474,7 +505,7 @@ END = Token("end", "")
 class Expression:
     """Recursive descent over the tokens of one expression; `value` is its sympy object.
 
-    Beside a sine, a degree sign is a factor of pi / 180; elsewhere it is a unit, and a factor of 1.
+    Beside a sine, a degree sign is a factor of pi / 180; elsewhere it is a unit.
     """
 
     def __init__(self, tokens: list[Token]):
@@ -496,7 +527,7 @@ class Expression:
         return text
 
     def over(self):
-        r"""A sum; or, as in {5 \over 8} and {n \choose k}, an operator between the whole of its arguments."""
+        r"""A sum; or two with \over or \choose between them, as in {5 \over 8}."""
         value = self.sum()
         if operator := self.take(r"\over", r"\choose"):
             value = (div if operator == r"\over" else binomial)(value, self.sum())
@@ -524,7 +555,8 @@ class Expression:
     def juxtaposed(self) -> bool:
         """Can the next token be a factor without a sign?
 
-        A numeral can where it does not touch: 2^6 3^5, n 2^n and (n-2)180 are products; neither 2 3 nor x2 is.
+        A numeral can where nothing else is meant: 2^6 3^5, n 2^n and (n-2)180 are products,
+        but neither 2 3 nor x2 is.
         """
         token, last = self.peek(), self.tokens[self.at - 1]
         if token.text == "|":
@@ -554,9 +586,9 @@ class Expression:
         return base
 
     def mixed(self):
-        r"""Mixed numbers: 1\frac{4}{5} is 9/5. It takes an integer, and a fraction of two numerals."""
-        number, fraction = self.tokens[self.at : self.at + 2] if self.peek() is not END else (END, END)
-        if not (number.text.isdigit() and fraction.text == r"\frac"):
+        r"""Mixed numbers: 1\frac{4}{5} is 9/5. An integer, and a fraction of two numerals."""
+        number = self.peek()
+        if not (number.text.isdigit() and self.tokens[self.at + 1].text == r"\frac"):
             return None
         start, self.at = self.at, self.at + 2
         first, second = self.numeral(), self.numeral()
@@ -576,7 +608,7 @@ class Expression:
         return self.digit() if self.peek().text.isdigit() else ""
 
     def digit(self) -> str:
-        r"""As in TeX, an argument without braces is one digit: \frac12 is a half, \frac123 a half times 3."""
+        r"""As in TeX, an argument without braces is one digit: \frac12 is a half."""
         kind, text, spaced = self.peek()
         if len(text) > 1:
             self.tokens[self.at] = Token(kind, text[1:], True)
@@ -665,9 +697,9 @@ class Expression:
             require(name in BUILDERS)
         bracket = self.peek().text in BRACKETS
         argument = self.atom() if bracket else self.signed(self.power)
-        # \sin 2x \cos x: without brackets, the argument ends at an operator, a bracket or the next function
-        while not bracket and self.peek().kind not in ("function", "number") and self.peek().text != "(":
-            if not self.juxtaposed():
+        # \sin 2x \cos x: without brackets, it ends at an operator, a bracket or the next function
+        while not bracket and self.juxtaposed():
+            if self.peek().kind in ("function", "number") or self.peek().text == "(":
                 break
             argument = mul(argument, self.power())
         value = BUILDERS[name](argument)
@@ -676,11 +708,11 @@ class Expression:
         return power(value, scripts["^"]) if "^" in scripts else value
 
 
-# ---- Values: what an answer can be -----------------------------------------------------------------------
+# ---- Values: what an answer can be -----------------------------------------------------------
 
 
 class Number(NamedTuple):
-    """2x+1; `plain` if it is written as a plain number, `spelling` if letters alone may be a word."""
+    """2x+1; `plain` if written as a plain number, with a `spelling` if it may be a word."""
 
     expr: sp.Expr
     plain: bool = False
@@ -695,7 +727,7 @@ class Quantity(NamedTuple):
 
 
 class Tuple(NamedTuple):
-    """(1, 2), which is a pair or an open interval, and [1, 2): `brackets` are the outer characters."""
+    """(1, 2), a pair or an open interval, and [1, 2): `brackets` are the outer characters."""
 
     brackets: str
     items: tuple
@@ -749,7 +781,7 @@ class Relation(NamedTuple):
 
 
 class Named(NamedTuple):
-    """x = 5. `relation` is the same as an equation or an inequality, if both sides are expressions."""
+    """x = 5, and, if both sides are expressions, the same as a relation."""
 
     name: str
     value: NamedTuple
@@ -771,7 +803,7 @@ class Choice(NamedTuple):
     value: NamedTuple
 
 
-# ---- Read, upper half: list > relation > union > tuple, set, matrix, quantity ----------------------------
+# ---- Read, upper half: list > relation > union > tuple, set, matrix, quantity ----------------
 
 INFINITY = Number(oo)
 MINUS_INFINITY = Number(-oo)
@@ -793,7 +825,7 @@ def split(tokens: list[Token], marks) -> tuple[list[list[Token]], list[str]]:
     if not any(token.text in marks for token in tokens):
         return [tokens], []
     depths = accumulate(LEVEL.get(token.text, 0) for token in tokens)
-    at = [i for i, (depth, t) in enumerate(zip(depths, tokens)) if depth == 0 and t.text in marks]
+    at = [i for i, depth in enumerate(depths) if depth == 0 and tokens[i].text in marks]
     parts = [tokens[i + 1 : j] for i, j in zip([-1, *at], [*at, len(tokens)])]
     return parts, [tokens[i].text for i in at]
 
@@ -814,7 +846,8 @@ LABELS = set("solution answer result is the final set".split())
 
 
 # What an expression alone does not have; words are no part of it either.
-UPPER = set(r", : _ | ( ) [ \{ \begin \begin? \langle \cup \setminus \pm \mp \R \infty \emptyset °".split())
+UPPER = r", : _ | ( ) [ \{ \begin \begin? \langle \cup \setminus \pm \mp \R \infty \emptyset °"
+UPPER = set(UPPER.split())
 UPPER |= {text for text, kind in KINDS.items() if kind == "relation"}
 
 
@@ -829,12 +862,14 @@ def listed(tokens: list[Token]):
 
 
 def united(items: tuple):
-    """x < 1 or x > 5 is a union; x > 1 and x < 5 overlap, so that (1, 5) is meant; the rest are lists."""
+    """x < 1 or x > 5 is a union; x > 1 and x < 5 overlap, and mean (1, 5); the rest are lists."""
     if len(items) == 1:
         return items[0]
-    if not all(isinstance(i, Named) and i.relation and i.relation.operators[0] != "=" for i in items):
+    if not all(isinstance(i, Named) and isinstance(i.value, (Tuple, Union)) for i in items):
         return Set(items)
-    if len({i.name for i in items}) > 1 or not all(isinstance(i.value, (Tuple, Union)) for i in items):
+    if not all(i.relation for i in items):  # x in (1, 2), x in (3, 4)
+        return Set(items)
+    if len({i.name for i in items}) > 1:
         return Union(items)
     name, values = items[0].name, [i.value for i in items]
     if all(i.relation.operators == (r"\ne",) for i in items):
@@ -864,7 +899,8 @@ def items_of(tokens: list[Token]) -> tuple:
             signed = [token._replace(text=signs.get(token.text, token.text)) for token in part]
             items.append(statement(signed))
     if len(items) > 1:  # x = y = 4, z = 2 are three values
-        items = [i for i in items for _ in range(1 + (isinstance(i, Named) and i.name.count("=")))]
+        counts = [1 + i.name.count("=") if isinstance(i, Named) else 1 for i in items]
+        items = [i for i, count in zip(items, counts) for _ in range(count)]
     require(0 < len(items) <= MAX_ITEMS)
     return tuple(items)
 
@@ -908,7 +944,7 @@ def approximate(exact, rest: list[Token]):
 
 
 def equation(sides: list[list[Token]]):
-    """x = 5 and 5 = x are 5 with a name; 2 + 3 = 5 is 5, being true; x + 3 = 7 is a relation."""
+    """x = 5 and 5 = x are 5 with a name; 2 + 3 = 5 is true, and 5; x + 3 = 7 is a relation."""
     sides = [side for side in sides if side]
     if len(sides) == 1:  # = 5
         return value_of(sides[0])
@@ -922,8 +958,9 @@ def equation(sides: list[list[Token]]):
     require(right is None or all(step is None or equal(step.value, right) for step in steps))
 
     def named(name: str, left, **more):
-        relation = Relation((Number(left), Number(right)), ("=",)) if right is not None else None
-        return Named(name, value, relation, **more)
+        if right is None:
+            return Named(name, value)
+        return Named(name, value, Relation((Number(left), Number(right)), ("=",)), **more)
 
     left = core(attempt(value_of, first))
     left = left.expr if isinstance(left, Number) else None
@@ -960,10 +997,12 @@ def core(value):
 
 
 def name_of(tokens: list[Token]) -> str:
-    r"""The spelling of a name, or "": x, a_1, f(x), f^{-1}(x), P(A), (p,q), AB, |AB|, \angle ABC, area."""
+    """The spelling of a name, or "": x, a_1, f(x), f^{-1}(x), P(A), (p,q), AB, |AB|, area."""
     if enclosed(tokens) and tokens[0].text == "{":
         return name_of(tokens[1:-1])
-    if not tokens or (tokens[0].text in CONSTANTS and len(tokens) == 1) or tokens[0].text == r"\pi":
+    if not tokens or tokens[0].text == r"\pi":
+        return ""
+    if len(tokens) == 1 and tokens[0].text in CONSTANTS:
         return ""
     kinds = {token.kind for token in tokens}
     if kinds == {"word"}:
@@ -980,7 +1019,7 @@ def name_of(tokens: list[Token]) -> str:
 
 
 def is_capitals(tokens: list[Token]) -> bool:
-    r"""The name of a segment, an angle or a quotient of them: AB, m\angle ABC, \overline{AB}, NO/BO."""
+    r"""The name of a segment, an angle or a quotient of them: AB, m\angle ABC, NO/BO."""
     marks = {r"\angle", r"\triangle", r"\bar", r"\frac", "{", "}", "/"}
     if len(tokens) > 1 and tokens[0].text == "m" and tokens[1].text == r"\angle":
         tokens = tokens[1:]
@@ -1001,10 +1040,11 @@ def applied_name(tokens: list[Token]) -> str:
         at = 2
     while at < len(tokens):
         text = tokens[at].text
-        following = spell(tokens[at + 1 : at + 5]).strip("{").partition("}")[0]
+        script = spell(tokens[at + 1 : at + 5]).strip("{").partition("}")[0]
+        is_part = script == "*" or script.startswith(("-1", "'"))  # f^{-1}, y^{\prime}
         if text == "'":
             at += 1
-        elif text == "_" or (text == "^" and (following.startswith(("-1", "'")) or following == "*")):
+        elif text == "_" or (text == "^" and is_part):
             after = at + 1
             if tokens[after : after + 1] and tokens[after].text == "-":
                 after += 1
@@ -1028,7 +1068,7 @@ def group_end(tokens: list[Token], at: int) -> int:
 
 
 def is_operation(tokens: list[Token]) -> bool:
-    """Do words name it, or does a command that this file does not know stand there: \\lim, \\max, \\bmod?"""
+    r"""Do words name it, or does a command that no rule knows stand there: \lim, \max, \bmod?"""
     if {token.kind for token in tokens} <= {"word", "letter"}:
         return True
     if len(split(tokens, (":",))[0]) > 1:  # S_1 : S_2 = 3 : 4
@@ -1043,11 +1083,12 @@ def is_operation(tokens: list[Token]) -> bool:
     )
 
 
-OPERATORS = set("lcm max min gcd det lim mod rank arg deg proj grad curl limit prob area cov corr".split())
+OPERATORS = "lcm max min gcd det lim mod rank arg deg proj grad curl limit prob area cov corr"
+OPERATORS = set(OPERATORS.split())
 
 
 def is_asked_for(tokens: list[Token]) -> bool:
-    """Do letters alone stand there, as in a+b = 5? With numerals outside of subscripts it is an equation."""
+    """Letters alone, as in a+b = 5? With numerals outside of subscripts it is an equation."""
     depth, after = 0, ""
     for token in tokens:
         if token.kind == "number" and after != "_" and not depth:
@@ -1066,11 +1107,11 @@ def is_coordinates(tokens: list[Token]) -> bool:
 
 
 def inequality(sides: list[list[Token]], operators: list[str]):
-    r"""x > 2 and 1 < x < 2 are intervals with a name, x \ne 2 is two of them; the rest are relations."""
+    r"""x > 2 and 1 < x < 2 are named intervals, x \ne 2 is two of them; the rest are relations."""
     if operators[0] in (">", r"\ge"):
         sides, operators = sides[::-1], [MIRRORED[o] for o in operators[::-1]]
     names = [name_of(side) for side in sides]
-    values = [Number(Symbol(name)) if name else core(value_of(side)) for name, side in zip(names, sides)]
+    values = [core(value_of(side)) if not n else Number(Symbol(n)) for n, side in zip(names, sides)]
     require(all(isinstance(value, Number) for value in values))
     relation = Relation(tuple(values), tuple(operators))
     if len(sides) == 2:
@@ -1149,7 +1190,8 @@ def choice_of(tokens: list[Token]):
     if not rest:
         return Text(label.text.lower())
     # (B)-3 may be a difference; in \\text{(B)} the letter is a word
-    if rest[0].text in ("^", "+", "*", "/", "=") or (rest[0].text == "-" and label.kind != "word"):
+    signs = ("^", "+", "*", "/") if label.kind == "word" else ("^", "+", "*", "/", "-")
+    if rest[0].text in signs:
         return None
     if any(left.text == "(" and is_label(t) for left, t in zip(rest, rest[1:])):
         return None
@@ -1166,8 +1208,8 @@ def is_text(tokens: list[Token]) -> bool:
     inner = bare(tokens)
     if inner[0].kind == "word":
         return tokens[0].text not in CURRENCY
-    words = [token.kind == "word" for token in inner]
-    return any(words) and len(inner) - sum(words) > 1 and {t.kind for t in inner} == {"word", "letter"}
+    kinds = [token.kind for token in inner]
+    return {*kinds} == {"word", "letter"} and kinds.count("letter") > 1
 
 
 def bare(tokens: list[Token]) -> list[Token]:
@@ -1179,7 +1221,7 @@ def bare(tokens: list[Token]) -> list[Token]:
 
 
 def unit_of(tokens: list[Token]) -> tuple[list[Token], frozenset, int]:
-    """Take the unit off: a currency in front, words at the end, or words in parentheses: 9 (apples)."""
+    """Take the unit off: a currency in front, or words at the end, as in 5 cm and 9 (apples)."""
     sign = tokens[:1] if tokens[0].text == "-" else []
     if tokens[len(sign)].text in CURRENCY and tokens[len(sign)].kind == "word":
         rest, unit, scale = unit_of(sign + tokens[len(sign) + 1 :])
@@ -1200,7 +1242,7 @@ UNIT_SIGNS = ("^", "2", "3", "{", "}", "/", "-")
 
 
 def unit_start(tokens: list[Token]) -> int:
-    """The first word that is in no bracket and no subscript; or the parentheses that hold words at the end."""
+    """The first word in no bracket and no subscript; or the parentheses around the last words."""
     depth, opening = 0, 0
     for i, token in enumerate(tokens):
         if token.kind == "word" and depth == 0 and (i == 0 or tokens[i - 1].text != "_"):
@@ -1215,7 +1257,7 @@ def unit_start(tokens: list[Token]) -> int:
 
 
 def unit_words(words: list[str]) -> frozenset:
-    """The words of a unit in one spelling: centimeters and cm are one, square and ^2 are one."""
+    """The words of a unit in one spelling: centimeters are cm, and square cm are cm^2."""
     require(ASSERTIONS.isdisjoint(words) and SCALES.keys().isdisjoint(words))
     one = [UNITS.get(w) or UNITS.get(w.rstrip("s")) or w.rstrip("s") for w in words]
     unit = set(" ".join(one).replace("-", " ").split()) - FILLER - {"^", "{", "}"}
@@ -1232,7 +1274,8 @@ def container(tokens: list[Token]):
     pieces, _ = split(tokens, (r"\cup",))
     if len(pieces) > 1:
         values = [value_of(piece) for piece in pieces]
-        return Union(tuple(p for v in values for p in (v.pieces if isinstance(v, Union) else (v,))))
+        pieces = [v.pieces if isinstance(v, Union) else (v,) for v in values]
+        return Union(sum(pieces, ()))
     parts, _ = split(tokens, (":",))
     if len(parts) > 1:  # 4:30, 1:2
         return Ratio(tuple(number(part) for part in parts))
@@ -1244,13 +1287,14 @@ def container(tokens: list[Token]):
             return matrix(inner)
         cells = split(inner, (",",))[0]
         if opening == "[" or (opening in ("(", r"\langle") and len(cells) > 1):
-            brackets = (opening + tokens[-1].text).replace(r"\langle", "(").replace(r"\rangle", ")")
-            return Tuple(brackets, tuple(map(statement, cells)))
+            round_ones = {r"\langle": "(", r"\rangle": ")"}
+            edges = [round_ones.get(t.text, t.text) for t in (tokens[0], tokens[-1])]
+            return Tuple("".join(edges), tuple(map(statement, cells)))
     return based(tokens)
 
 
 def built_set(inner: list[Token]):
-    r"""\{x \mid 2 < x < 3\}, or with a colon: the interval, or whatever the condition makes of x."""
+    r"""\{x \mid 2 < x < 3\}, or with a colon: what the condition makes of x."""
     for mark in ("|", ":"):
         parts, marks = split(inner, (mark,))
         condition = inner[len(parts[0]) + 1 :]
@@ -1281,7 +1325,8 @@ def based(tokens: list[Token]):
     return Based(*match.groups()) if match else None
 
 
-# Forms of plain numbers, n a numeral, t the numeral 10, f a \frac: integer, mixed, fraction, a x 10^n.
+# Forms of plain numbers: integer, mixed, fraction, a x 10^n. An n is a numeral, a t the numeral
+# 10, an f a \frac.
 PLAIN = re.compile(
     r"[-+]?(?:f[-+]?[nt][-+]?[nt]?|[nt]f[nt][nt]?|[nt](?:/[-+]?[nt])?|(?:[nt]\*)?t\^[-+]?[nt])"
 )
@@ -1295,7 +1340,8 @@ def number(tokens: list[Token]):
     spelling = letters.lower() if letters.isalpha() else ""
     value = Number(Expression(tokens).value, PLAIN.fullmatch(form) is not None, spelling)
     texts = {token.text for token in tokens}
-    return Quantity(value, frozenset("°")) if "°" in texts and ANGLES.isdisjoint(texts) else value
+    has_degrees = "°" in texts and ANGLES.isdisjoint(texts)
+    return Quantity(value, frozenset("°")) if has_degrees else value
 
 
 FRACTION = re.compile(r"(-?)(?:\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)(?:/([0-9]+))?)")
@@ -1303,9 +1349,9 @@ EDGES = " *:~"
 ENDS = re.compile(r"(?:[\s*:~.,;。\\]|(?<!\\)\$|\\[)\]])+$")
 
 
-@lru_cache(maxsize=4096)  # bounded; a group of rollouts repeats its gold and many of its answers
+@lru_cache(maxsize=4096)  # bounded; a group of rollouts repeats its gold and many answers
 def _read(text: str):
-    """The value that a text stands for; Unread where it is none, equal only to the same tokens."""
+    """The value that a text stands for; Unread where it stands for none."""
     try:
         require(len(text) <= MAX_CHARS)
         if match := FRACTION.fullmatch(text):  # the commonest answers, eight times as fast
@@ -1321,7 +1367,7 @@ def _read(text: str):
         return Unread("".join(str(text)[:MAX_CHARS].split()))
     try:
         return listed(tokens)
-    except Exception:  # unreadable, 1/0, an index past the end, ...: nothing in a text may end a run
+    except Exception:  # unreadable, 1/0, an index past the end: nothing in a text may end a run
         return Unread(tokenwise(tokens))
 
 
@@ -1334,10 +1380,10 @@ def tokenwise(tokens: list[Token]) -> str:
     return " ".join(filter(None, texts))
 
 
-# ---- Evaluate: an exact fraction, or a ball --------------------------------------------------------------
+# ---- Evaluate: an exact fraction, or a ball --------------------------------------------------
 #
-# Not by sympy's evalf: its work doubles with each nested root, and some of it runs at mpmath's process-wide
-# precision, which threads share. libmp is told the precision, in bits, at each step.
+# Not by sympy's evalf: its work doubles with each nested root, and some of it runs at mpmath's
+# process-wide precision, which threads share. libmp is told the precision, in bits, at each step.
 
 
 class Undefined(Exception):
@@ -1345,11 +1391,14 @@ class Undefined(Exception):
 
 
 class Undecided(Exception):
-    """The bounds do not settle it: a sign, a branch, the next integer; or it would be too large."""
+    """The bounds do not settle a sign, a branch or an integer; or a number is too large."""
 
 
 class Ball(NamedTuple):
-    """A computed number: its value, and log2 of a bound of its error. The rest is exact: int or Fraction."""
+    """A computed number: its value, and log2 of a bound of its error.
+
+    Numbers that are exact are an int or a Fraction instead.
+    """
 
     value: tuple  # real and imaginary part, as libmp has them
     error: float
@@ -1365,7 +1414,8 @@ def size(z: tuple) -> float:
     (_, man_re, exp_re, bits_re), (_, man_im, exp_im, bits_im) = z
     if (exp_re and not man_re) or (exp_im and not man_im):  # infinite or undefined
         raise Undefined
-    return max(exp_re + bits_re if man_re else -math.inf, exp_im + bits_im if man_im else -math.inf)
+    real = exp_re + bits_re if man_re else -math.inf
+    return max(real, exp_im + bits_im if man_im else -math.inf)
 
 
 def ball(x, bits: int) -> Ball:
@@ -1385,7 +1435,8 @@ def plus(a, b, bits: int):
     if not (isinstance(a, Ball) or isinstance(b, Ball)):
         return a + b
     a, b = ball(a, bits), ball(b, bits)
-    return rounded(libmp.mpc_add(a.value, b.value, bits), (a.error, b.error), bits, a.real and b.real)
+    value = libmp.mpc_add(a.value, b.value, bits)
+    return rounded(value, (a.error, b.error), bits, a.real and b.real)
 
 
 def times(a, b, bits: int):
@@ -1491,7 +1542,7 @@ def exponential(a, bits: int):
 
 
 def entire(function):
-    """sin, cos, sinh and cosh: between z and z + d they change by |d| e^(|z|+1), or by |d| for a real sine."""
+    """sin, cos, sinh and cosh: from z to z + d by at most |d| e^(|z|+1), a real sine by |d|."""
 
     def evaluate(a, bits: int):
         a = ball(a, bits)
@@ -1509,7 +1560,7 @@ def entire(function):
 
 
 def inverse_sine(function):
-    """asin and acos change at most by 3 sqrt|d|, which holds at 1 as well, where their slope is infinite."""
+    """asin and acos change by at most 3 sqrt|d|, also at 1, where their slope is infinite."""
 
     def evaluate(a, bits: int):
         a = ball(a, bits)
@@ -1531,7 +1582,8 @@ def arc_tangent(a, bits: int):
 def absolute(a, bits: int):
     if not isinstance(a, Ball):
         return abs(a)
-    return Ball((libmp.mpc_abs(a.value, bits), libmp.fzero), max(a.error, size(a.value) - bits) + 2, True)
+    value = libmp.mpc_abs(a.value, bits), libmp.fzero
+    return rounded(value, (a.error,), bits, True)
 
 
 def whole(rounding):
@@ -1570,6 +1622,12 @@ def counted(function):
 
 sine, cosine = entire(libmp.mpc_sin), entire(libmp.mpc_cos)
 hyperbolic_sine, hyperbolic_cosine = entire(libmp.mpc_sinh), entire(libmp.mpc_cosh)
+
+
+def quotient(f, g, a, bits: int):
+    return times(f(a, bits), inverse(g(a, bits), bits), bits)
+
+
 OPERATIONS = {
     Add: plus,
     Mul: times,
@@ -1578,13 +1636,13 @@ OPERATIONS = {
     sp.log: logarithm,
     sp.sin: sine,
     sp.cos: cosine,
-    sp.tan: lambda a, bits: times(sine(a, bits), inverse(cosine(a, bits), bits), bits),
-    sp.cot: lambda a, bits: times(cosine(a, bits), inverse(sine(a, bits), bits), bits),
+    sp.tan: lambda a, bits: quotient(sine, cosine, a, bits),
+    sp.cot: lambda a, bits: quotient(cosine, sine, a, bits),
     sp.sec: lambda a, bits: inverse(cosine(a, bits), bits),
     sp.csc: lambda a, bits: inverse(sine(a, bits), bits),
     sp.sinh: hyperbolic_sine,
     sp.cosh: hyperbolic_cosine,
-    sp.tanh: lambda a, bits: times(hyperbolic_sine(a, bits), inverse(hyperbolic_cosine(a, bits), bits), bits),
+    sp.tanh: lambda a, bits: quotient(hyperbolic_sine, hyperbolic_cosine, a, bits),
     sp.asin: inverse_sine(libmp.mpc_asin),
     sp.acos: inverse_sine(libmp.mpc_acos),
     sp.atan: arc_tangent,
@@ -1594,12 +1652,12 @@ OPERATIONS = {
     sp.factorial: counted(math.factorial),
     sp.binomial: counted(math.comb),
 }
-AT_ZERO = {sp.sin: 0, sp.cos: 1, sp.tan: 0, sp.sec: 1, sp.sinh: 0, sp.cosh: 1, sp.tanh: 0, sp.asin: 0,
-           sp.atan: 0}  # fmt: skip
+AT_ZERO = dict.fromkeys((sp.sin, sp.tan, sp.asin, sp.atan, sp.sinh, sp.tanh), 0)
+AT_ZERO |= dict.fromkeys((sp.cos, sp.sec, sp.cosh), 1)
 
 
 class Sample:
-    """The values of expressions at one point; `in_domain` until one of them leaves the real numbers.
+    """The values of expressions at one point; `in_domain` until one leaves the real numbers.
 
     `needed` are the bits with which an equality counts.
     """
@@ -1625,7 +1683,7 @@ class Sample:
         if first == 0 and kind in AT_ZERO:
             return AT_ZERO[kind]
         result = operation(*values, bits)
-        if isinstance(result, Ball) and not result.real:  # did real numbers become one that is not?
+        if isinstance(result, Ball) and not result.real:  # out of real numbers?
             self.in_domain &= any(isinstance(v, Ball) and not v.real for v in values)
         return self.checked(result)
 
@@ -1651,9 +1709,9 @@ class Sample:
         return value
 
 
-# ---- Equal: two expressions at sample points -------------------------------------------------------------
+# ---- Equal: two expressions at sample points -------------------------------------------------
 
-CLOSE = -133  # log2 of the largest bound of a difference: 40 digits, beside either side and beside 1
+CLOSE = -133  # log2 of the bound of a difference, beside either side and beside 1: 40 digits
 BITS = 400  # of a first try
 MAX_PRECISION = 4800  # of a second try, for what large terms that cancel have left undecided
 
@@ -1710,8 +1768,9 @@ class Traits:
         if self.counts:
             yield from self.integer_rows()
             return
-        # Two points in general position, below and above 1; then one where some letters are negative, as
-        # sqrt(x^2) is not x. A quotient of polynomials is as well off with integers, which are faster.
+        # Two points in general position, below and above 1; then one where some letters are
+        # negative, as sqrt(x^2) is not x. A quotient of polynomials is as well off with integers,
+        # which are faster.
         below = [211 + 618 * (3 * i + 1) % 700 for i in n]
         above = [1013 + 97 + 618 * (5 * i + 2) % 1500 for i in n]
         mixed = [(-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900) for i in n]
@@ -1720,13 +1779,14 @@ class Traits:
         if self.bends or self.jumps:
             yield from self.far_rows()
         if self.jumps:
-            for corner in sorted({x % 1 for x in self.literals})[:4]:  # floor(x + 1/2) jumps at halves
+            # floor(x + 1/2) jumps at halves
+            for corner in sorted({x % 1 for x in self.literals})[:4]:
                 for x in (corner, -corner):
                     yield [x + (-1) ** i * (3 + i) for i in n]
             yield from self.integer_rows()
 
     def far_rows(self):
-        """Large values of either sign, and values between the numbers where |x - 5| may bend."""
+        """Large values, and values between the numbers at which |x - 5| may bend."""
         n = range(len(self.letters))
         large = 3 * max(self.literals, default=1) + 40
         corners = [Fraction(0), *sorted(self.literals)[:4]]
@@ -1738,15 +1798,16 @@ class Traits:
     def integer_rows(self):
         """Small integers of either parity, in either order, negative and large ones."""
         integers = 4, 3, 7, 2, 5, 8, 6, 1, 9, 12, -3, -4, 30, 0, 11, 101
-        for row in range(len(integers)):
-            yield [integers[(row + (2 * row + 3) * i) % len(integers)] for i in range(len(self.letters))]
+        count, n = len(integers), range(len(self.letters))
+        for row in range(count):
+            yield [integers[(row + (2 * row + 3) * i) % count] for i in n]
 
 
 INTEGER_NAMES = "ijklmnpq"
 
 
 def difference(a, b, sample: Sample) -> bool:
-    """Is a - b zero? Its bound holds 0 and is small beside both sides; or it does not hold 0."""
+    """Is a - b zero? Then its bound holds 0 and is small beside both sides."""
     if not (isinstance(a, Ball) or isinstance(b, Ball)):
         return a == b
     bits = sample.bits
@@ -1762,10 +1823,10 @@ def difference(a, b, sample: Sample) -> bool:
 
 
 def at_point(a, b, point: dict, traits: Traits, same) -> tuple[bool, bool]:
-    """The verdict of `same` on two values, at a precision that settles it; and: are they in the domain?
+    """The verdict of `same` on two values at a precision that settles it, and whether it is real.
 
-    2^{1006} \\sqrt{2^{2010}+2} - 2^{2011} is not 2, but nearly so, for about twice as many bits as its numbers
-    have. With fewer bits a "different" counts, but an "equal" does not.
+    2^{1006} \\sqrt{2^{2010}+2} - 2^{2011} is not 2, but so nearly that it takes twice the bits of
+    its numbers to see it. With fewer bits a "different" counts, but an "equal" does not.
     """
     needed = BITS + 2 * traits.bits * (traits.bits > 64)
     ladder = (BITS, min(max(needed, 4 * BITS), MAX_PRECISION))
@@ -1779,7 +1840,7 @@ def at_point(a, b, point: dict, traits: Traits, same) -> tuple[bool, bool]:
 
 
 def equal(a, b) -> bool:
-    """Do two expressions agree? Exactly for rational numbers; else at the sample points, within the bounds."""
+    """Do two expressions agree: exactly if both are rational, else at all sample points?"""
     if a == b or (a.is_Rational and b.is_Rational) or {oo, -oo} & {a, b}:
         return a == b
     traits = Traits(a, b)
@@ -1800,12 +1861,12 @@ def equal(a, b) -> bool:
                 outside.append(verdict)
     except Undecided:
         return False
-    # ln(x-1) - ln(x-2) has no real value at small x: such points count only where there are no others
+    # ln(x-1) - ln(x-2) is not real at small x: such points count only where there are no others
     enough = 2 if traits.letters else 1
     return inside >= enough or (inside + len(outside) >= enough and all(outside))
 
 
-# ---- Same: one case for each policy ----------------------------------------------------------------------
+# ---- Same: one case for each policy ----------------------------------------------------------
 
 
 def same(gold, answer) -> bool:
@@ -1880,7 +1941,7 @@ def words_of(value) -> str:
 
 
 def conflict(a: frozenset, b: frozenset) -> bool:
-    """5 m is not 5 cm. Words that are no known units conflict only if neither has all words of the other."""
+    """5 m is not 5 cm. Words that are no known units conflict if neither has all of the other's."""
     known = (a | b) & set(UNITS.values())
     return a != b and bool(known or not (a <= b or b <= a))
 
@@ -1890,7 +1951,7 @@ def in_order(golds, answers, same=same) -> bool:
 
 
 def in_any_order(golds, answers) -> bool:
-    """Is there an answer for each gold, and none left? The pickiest golds first: they accept no echo."""
+    """Is there an answer for each gold, and none left? Plain golds first: they are pickier."""
     if len(golds) != len(answers):
         return False
     rest = list(answers)
@@ -1909,14 +1970,18 @@ def same_statement(gold, answer) -> bool:
         return True
     g, a = (s.relation if isinstance(s, Named) else s for s in (gold, answer))
     if g and a and same_relation(g, a):
-        units = [s.value.unit if isinstance(getattr(s, "value", None), Quantity) else frozenset()
-                 for s in (gold, answer)]  # fmt: skip
-        return not conflict(*units) if all(units) else True
+        units = [unit_in(gold), unit_in(answer)]
+        return not (all(units) and conflict(*units))
     if not both_named or (":" in gold.name and ":" in answer.name):  # S_1:S_2 is not S_2:S_1
         return False
     if g and a and not same_name(gold.name, answer.name):
         return False
     return same(gold.value, answer.value)
+
+
+def unit_in(named) -> frozenset:
+    value = getattr(named, "value", None)
+    return value.unit if isinstance(value, Quantity) else frozenset()
 
 
 def same_name(a: str, b: str) -> bool:
@@ -1929,8 +1994,7 @@ def same_name(a: str, b: str) -> bool:
 
 
 def same_relation(gold: Relation, answer: Relation) -> bool:
-    """The same sides, or, of two sides, differences that are proportional: by a positive factor if the
-    direction matters."""
+    """The same sides; or, if there are two, proportional differences of them."""
     gold, answer = upward(gold), upward(answer)
     if gold.operators != answer.operators:
         return False
@@ -1956,14 +2020,16 @@ def upward(relation: Relation) -> Relation:
 
 
 def parts(e, operation) -> list:
-    return [part for arg in e.args for part in parts(arg, operation)] if e.func is operation else [e]
+    if e.func is not operation:
+        return [e]
+    return [part for arg in e.args for part in parts(arg, operation)]
 
 
 def cleared(f):
     """f times the denominators of its terms: y - 6/x becomes xy - 6."""
     factors = [x for term in parts(f, Add) for x in parts(term, Mul) if x.free_symbols]
-    below = {div(Integer(1), x) for x in factors if x.is_Pow and x.exp.is_Integer and x.exp.p < 0}
-    return mul(f, *sorted(below, key=str))
+    quotients = {x for x in factors if x.is_Pow and x.exp.is_Integer and x.exp.p < 0}
+    return mul(f, *(div(Integer(1), x) for x in sorted(quotients, key=str)))
 
 
 def proportional(f, g, symmetric: bool) -> bool:
@@ -2002,7 +2068,7 @@ def proportional(f, g, symmetric: bool) -> bool:
     return found >= 2
 
 
-# ---- Interface -------------------------------------------------------------------------------------------
+# ---- Interface -------------------------------------------------------------------------------
 
 # Golds that say that there is none: nobody can earn them, or everybody who writes nothing.
 NO_GOLD = re.compile(
@@ -2014,11 +2080,15 @@ NO_GOLD = re.compile(
 )
 
 
+def is_integer(text) -> bool:
+    return type(text) is str and text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+
+
 def equivalent(pred: str, gold: str) -> bool:
     """Is `pred` the same answer as `gold`? Never raises."""
     try:
-        if all(type(s) is str and s.isascii() and s.isdigit() and len(s) <= MAX_DIGITS for s in (pred, gold)):
-            return int(pred) == int(gold)  # most golds of most data sets
+        if is_integer(pred) and is_integer(gold):  # most golds of most data sets
+            return int(pred) == int(gold)
         return same(_read(gold), _read(pred))
     except Exception:  # a reward function must not end a run
         return False
@@ -2046,7 +2116,7 @@ def check_gold(gold: str) -> bool:
 
 
 def is_no_gold(gold: str) -> bool:
-    r"""Does it only say that there is none? A bare None is Python's; \text{None} is an answer."""
+    r"""Does it say that there is no gold? A bare None is Python's; \text{None} is an answer."""
     words = re.sub(r"\\text\w*\s*\{([^{}]*)\}", r"\1", gold).strip(" $*.:()[]{}\n").lower()
     return NO_GOLD.fullmatch(words) is not None or gold.strip(" .").lower() == "none"
 
@@ -2056,7 +2126,7 @@ def as_float(e) -> float:
     return libmp.to_float(value.value[0]) if isinstance(value, Ball) else float(value)
 
 
-# ---- Evaluation -----------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------
 
 
 def evaluation(completions: list[str], right: list[float], levels: list) -> dict:
