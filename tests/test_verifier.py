@@ -218,136 +218,17 @@ def test_an_unreadable_gold_makes_no_answer_right():
 
 # ---- Faults that users of other graders met, kind by kind ------------------------------------------------
 
-# row of the study: (gold, answers that are correct, answers that are not)
-FAULTS = {
-    "2 rounding": [
-        (r"\lceil n/2\rceil", [r"\lceil \frac{n}{2} \rceil", r"\lfloor (n+1)/2 \rfloor"], [r"\lfloor n/2\rfloor+1"]),
-        (r"\lceil n/3\rceil", [r"\lfloor \frac{n+2}{3} \rfloor"], [r"\lfloor n/3\rfloor+1", r"\lceil n/4\rceil"]),
-        (r"\lceil x-\frac12\rceil", [], [r"\lfloor x+\frac12\rfloor", "x"]),
-        ("(-1)^n", [r"(-1)^{n+2}", r"\cos(n\pi)"], ["1", "(-1)^{n+1}", "-1"]),
-    ],
-    "3 branches": [
-        ("5-x", [], ["|x-5|", r"\sqrt{(x-5)^2}", "|5-x|"]),
-        ("|x-5|", ["|5-x|", r"\sqrt{(x-5)^2}"], ["x-5", "5-x"]),
-        ("100000-x", [], ["|x-100000|"]),
-        ("9-2x", [], ["|x-2|+|x-7|", "|2x-9|"]),
-        ("5", [], ["|x-2|+|x-7|"]),
-        ("n", [], ["|n|", r"\sqrt{n^2}"]),
-    ],
-    "5 words that are no unit": [
-        ("5", [r"5 \text{ meters}", r"5 \text{ more}"], [r"5 \text{ million}", r"5 \text{ is wrong}", "5 thousand"]),
-        (r"5 \text{ million}", ["5000000", "5,000,000", "5 million"], ["5", "50000000"]),
-        (r"\text{A}", ["A"], [r"A \text{ is wrong}", r"A \text{ or } B", r"\text{not A}"]),
-        (r"2 \in M", [r"2 \in M"], [r"3 \in M", r"2 \in N"]),
-    ],
-    "6 a named value equals itself": [
-        ("z=1+2i", ["z=1+2i", "1+2i", "z=2i+1"], ["z=1-2i", "w=1+2i"]),
-        (r"y=\sqrt{1-x^2}", [r"y=\sqrt{1-x^2}", r"\sqrt{1-x^2}"], [r"y=\sqrt{1+x^2}", r"y=-\sqrt{1-x^2}"]),
-        (r"x=\text{even}", [r"x=\text{even}", "even"], [r"x=\text{odd}"]),
-        (r"y=\ln(x-5)", [r"y=\ln(x-5)"], [r"y=\ln(5-x)"]),
-    ],
-    "7 what is asked for stands on the left": [
-        (
-            "5",
-            [
-                r"I_{\max}=5", "P(A)=5", "P(A|B)=5", "P(X=4)=5", "a+b=5", "mn=5", "|AB|=5", "AB+BC=5",
-                r"\lim_{x\to0} f(x)=5", r"\sum_{k=1}^{2} a_k=5", r"\int_0^5 dx=5", r"\angle B=5^\circ",
-                r"\begin{vmatrix}3&1\\1&2\end{vmatrix}=5", r"23 \bmod 6=5", r"\gcd(10,15)=5", "x_1+x_2=5",
-                r"\vec{a}\cdot\vec{b}=5", r"\frac{AB}{BC}=5", "f'(2)=5", r"\tan A=5", r"S_{\triangle ABC}=5",
-            ],
-            ["x+3=5", "x^2=5", "2x=5", "3=5", "P(A)=6", r"\lim_{x\to0} f(x)=6", "a+b=6", "5=6"],
-        ),
-        ("x+y=1", ["y=1-x", "2x+2y=2"], ["1"]),
-        ("|AB|=1", ["1"], ["2"]),
-    ],
-    "8 sets that lost their backslashes": [
-        (r"\{1,2,3\}", ["{1,2,3}", "{3,2,1}", r"\mathbf{1,2,3}"], ["{1,2}", "{123}", "(1,2,3)"]),
-        (r"\boxed{2,3,7}", ["2,3,7", "7,3,2"], ["2,3"]),
-        (r"\{\{1\},\{2\}\}", ["{{1},{2}}"], ["{1,2}"]),
-        (r"\{1,2\}\cup[3,4]", [r"{1,2}\cup[3,4]"], [r"{1,2}\cup(3,4)"]),
-        ("42", ["{42}"], ["{4}{2}", "{42,42}"]),
-    ],
-    "9 approximations": [
-        (r"\frac{100}{3}", [r"\frac{100}{3}\approx 33.3", r"x=\frac{100}{3}\approx 33.3"], [r"33.3\approx\frac{100}{3}"]),
-        ("5", [r"x\approx5", r"\approx 5", "x≈5"], [r"x\approx 5.1", r"5.1\approx 5"]),
-        (r"\frac{100}{3}\approx 33.3", [r"\frac{100}{3}", "33.3", r"\frac{100}{3}\approx 33.33"], ["33.4", "33.33"]),
-    ],
-    "10 a numeral after a factor": [
-        (r"n\cdot 2^{n-2}", ["n 2^{n-2}", r"2^{n-2}n"], ["n 2^{n-1}"]),
-        (r"2^6\cdot 3^5", ["2^6 3^5", "3^5 2^6"], ["2^6 3^4"]),
-        ("180(n-2)", ["(n-2)180", r"(n-2)\, 180"], ["(n-2)18"]),
-        (r"10^{50}\pi", [r"\pi 10^{50}"], [r"\pi 10^{51}"]),
-        (r"42\pi", [], [r"4 2\pi", r"{4}{2}\pi"]),
-    ],
-    "11 scripts in either order": [
-        ("v_0^2", ["v^2_0", "v^{2}_{0}"], ["v^0_2", "v_0"]),
-        (r"\lambda_{i,j}^2", [r"\lambda^2_{i,j}"], [r"\lambda^2_{j,i}"]),
-    ],
-    "12 symbolic factorials and binomials": [
-        (r"\frac{n(n-1)}{2}", [r"\binom{n}{2}", r"{n \choose 2}", r"\frac{n!}{2(n-2)!}"], [r"\binom{n}{3}", r"\binom{n+1}{2}"]),
-        ("n!", ["n(n-1)!", "n!"], ["(n-1)!", r"n^n"]),
-        (r"\binom{n}{k}", [r"\binom{n}{n-k}", r"\frac{n!}{k!(n-k)!}"], [r"\binom{k}{n}", r"\frac{n!}{k!}"]),
-        ("(n+1)!-1", ["(n+1) n! - 1"], ["(n+1)!"]),
-    ],
-    "13 set-builders": [
-        ("(2,3)", [r"\{x\mid 2<x<3\}", r"\{x:2<x<3\}", r"\{t|2<t<3\}"], [r"\{x\mid 2\le x<3\}", r"\{x\mid x<3\}"]),
-        (r"[3,\infty)", [r"\{x\in\mathbb{R}\mid x\ge3\}"], [r"\{x\mid x>3\}"]),
-        (r"\mathbb{R}\setminus\{1\}", [r"\{x\mid x\ne1\}"], [r"\{x\mid x=1\}"]),
-        (r"(-\infty,1)\cup(2,\infty)", [r"\{x\mid x<1 \text{ or } x>2\}"], [r"\{x\mid 1<x<2\}"]),
-    ],
-    "14 commands that touch letters": [
-        (r"\cos x", [r"\cosx"], [r"\cosy"]),
-        (r"4\pi R^2", [r"4\piR^2"], [r"4\pir^2"]),
-        (r"3\leqslant x\leqslant6", [r"3\leqslantx\leqslant6", "[3,6]"], [r"3\leqx<6"]),
-        (r"\sin n\theta", [r"\sinn\theta"], [r"\sin\theta"]),
-        (r"\pi i\cos 1", [r"\pii\cos1"], [r"\pi\cos1"]),
-    ],
-    "15 symbols": [
-        (r"\bar x", [r"\bar{x}", r"\overline{x}", "bar{x}"], ["x", r"\bar y"]),
-        (r"x_{\text{max}}", [r"x_{max}", r"x_{\max}"], [r"x_{\text{min}}", "x"]),
-        ("T_{total}", [r"T_{\text{total}}"], ["T"]),
-        (r"\Phi(x,y)=x+y", ["x+y"], ["x-y"]),
-        (r"\hbar\omega", ["ħω", r"\omega\hbar"], [r"\omega h"]),
-        (r"\overrightarrow{AB}", [r"\overrightarrow{AB}", r"\vec{AB}"], [r"\overrightarrow{AC}"]),
-        ("x'", [r"x^{\prime}", "x’"], ["x", "x''"]),
-    ],
-    "16 poles": [
-        (r"\ln|\sec x+\tan x|+C", [r"\ln|\tan x+\sec x|+C", r"-\ln|\sec x-\tan x|+C"], [r"\ln|\sec x-\tan x|+C"]),
-        (r"-\ln|\csc x+\cot x|+C", [r"\ln|\csc x-\cot x|+C"], [r"\ln|\csc x+\cot x|+C"]),
-    ],
-    "17 Unicode": [
-        ("(1,2)", ["（1，2）"], ["（2，1）"]),
-        ("5", ["5。", "5．0"[:1]], ["５"]),
-        (r"\frac13", ["⅓"], ["⅔"]),
-        ("0.001", ["10⁻³"], ["10³"]),
-        (r"x \ne 3", ["x != 3", "x≠3"], ["x = 3"]),
-        (r"x_1+x_2", ["x₁+x₂"], ["x₁+x₃"]),
-        (r"\frac73", ["2⅓"], ["2⅔"]),
-    ],
-    "19 chains, named ratios, relations without letters": [
-        (r"1\le|z|\le\frac32", [r"\frac32\ge|z|\ge1", r"1\le|z|\le1.5"], [r"1<|z|\le\frac32", r"1\le|z|\le2"]),
-        ("S_1:S_2=3:4", ["3:4", "S_1:S_2=3:4"], ["4:3", "S_2:S_1=3:4"]),
-        (r"\frac37>\frac8{19}", [r"\frac8{19}<\frac37"], [r"\frac37<\frac8{19}", r"\frac37"]),
-        (r"-2\le x\le-1\cup1<x<2", [r"[-2,-1]\cup(1,2)"], [r"[-2,-1]\cup[1,2)"]),
-    ],
-    "21 letter and value of a choice": [
-        (r"\textbf{(B) }12", ["B", "(B)", "12", "(B) 12", r"\textbf{(B)}\ 12"], ["C", "13", "(B) 13", "(C) 12"]),
-        (r"\text{(D)}\ \frac{1}{2}", ["D", r"\frac12", "0.5"], ["B", "2"]),
-        ("B", ["(B)", "(B) 5", "option B", r"\text{choice B}"], ["B, C", "(A) (B)", "(A) 5 (B) 6", "AB", "8"]),
-    ],
-    "22 units in parentheses": [
-        ("9 (apples)", ["9", "9 apples", "9 (apples)"], ["8", "9 oranges", "9 (oranges)"]),
-        ("12 (inches of snow)", ["12", "12 inches of snow"], ["12 cm"]),
-    ],
-}  # fmt: skip
+FAULTS = sorted({row["kind"] for row in rows("verifier_faults.jsonl")})
 
 
-@pytest.mark.parametrize("row", FAULTS)
-def test_fault(row):
-    for gold, correct, incorrect in FAULTS[row]:
-        assert check_gold(gold), gold
-        assert [a for a in correct if not verify(rf"\boxed{{{a}}}", gold)] == [], gold
-        assert [a for a in incorrect if verify(rf"\boxed{{{a}}}", gold)] == [], gold
+@pytest.mark.parametrize("kind", FAULTS)
+def test_fault(kind):
+    for row in rows("verifier_faults.jsonl"):
+        if row["kind"] == kind:
+            gold = row["gold"]
+            assert check_gold(gold), gold
+            assert [a for a in row["right"] if not verify(rf"\boxed{{{a}}}", gold)] == [], gold
+            assert [a for a in row["wrong"] if verify(rf"\boxed{{{a}}}", gold)] == [], gold
 
 
 # Row 4 and row 18: texts without a box; what they say, and what they do not.
@@ -387,11 +268,11 @@ def test_thoughts_are_not_searched_when_a_text_follows_them():
     assert verify(r"<think>\boxed{5}", "5")
 
 
-NOBODY_EARNS = ["proof", r"\text{proof}", "Proof.", "notfound", "not found", "None", "nan", "NaN", "null", "N/A",
-                "n/a", "see above", "see solution", "See the solution.", "unknown"]  # fmt: skip
+NOBODY_EARNS = r"""proof|\text{proof}|Proof.|notfound|not found|None|nan|NaN|null|N/A|n/a|see above|
+see solution|See the solution.|unknown|omitted"""
 
 
-@pytest.mark.parametrize("gold", NOBODY_EARNS)
+@pytest.mark.parametrize("gold", NOBODY_EARNS.replace("\n", "").split("|"))
 def test_golds_that_nobody_can_earn_are_refused(gold):
     assert not check_gold(gold)
 
@@ -708,8 +589,9 @@ def test_the_hole_is_closed():
     assert [(h, g) for h in HOLE for g in golds if equivalent(h, g)] == []
 
 
-UNRELATED = [r"\pi", r"\sqrt2", "x+1", "y=2x+3", r"\frac{\sqrt3}{2}", r"1+\sqrt5", "2^{100}-2", "x", r"\text{B}", "B", "e", "i",
-             r"(1,\sqrt2)", r"\ln 2", r"\sin x", "|x|", r"\lfloor n/2\rfloor", "x<1", r"[0,\pi]"]  # fmt: skip
+UNRELATED = r"""\pi|\sqrt2|x+1|y=2x+3|\frac{\sqrt3}{2}|1+\sqrt5|2^{100}-2|x|\text{B}|B|e|i|(1,\sqrt2)|
+\ln 2|\sin x|\lfloor n/2\rfloor|x<1|[0,\pi]|\binom{n}{2}"""
+UNRELATED = UNRELATED.replace("\n", "").split("|")
 sizes = st.integers(1, 4000)
 large = st.one_of(
     sizes.map(lambda k: f"10^{{{k}}}"),
