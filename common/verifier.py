@@ -1743,7 +1743,7 @@ class Traits:
             self.is_rational = False
             self.jumps |= kind in (sp.floor, sp.ceiling)
             self.counts |= kind in (sp.factorial, sp.binomial)
-            self.bends |= kind is sp.Abs
+            self.bends |= kind is sp.Abs or (kind is sp.log and not e.args[0].is_Rational)
         for argument in e.args:
             self.walk(argument)
 
@@ -1791,7 +1791,7 @@ class Traits:
         large = 3 * max(self.literals, default=1) + 40
         corners = [Fraction(0), *sorted(self.literals)[:4]]
         between = [(low + high) / 2 for low, high in zip(corners, corners[1:])]
-        for x in [large, *between]:
+        for x in [large, 2 * large, *between]:
             for sign in (1, -1):
                 yield [sign * x * (1 + Fraction(4 * i + 1, 97)) for i in n]
 

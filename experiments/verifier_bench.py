@@ -2,11 +2,11 @@
 
     python experiments/verifier_bench.py                     # a table; about half a minute with math-verify
     python experiments/verifier_bench.py --against old.py    # beside another version of the file, in one run
-    python experiments/verifier_bench.py --golds             # golds of public sets: refused, and equal pairs
+    python experiments/verifier_bench.py --golds             # golds of public sets: refused, equal pairs
 
---golds prints the share of golds that check_gold refuses, for each set, and compares 600 distinct golds that are
-no plain numbers pair by pair. Each pair that is called equal is printed, to be looked at. The golds are those of
-tests/data/verifier_golds.jsonl, a sample of 16 public sets, or of another file with the same fields.
+--golds prints the share of golds that check_gold refuses, for each set, and compares 600 distinct golds
+that are no plain numbers pair by pair. Each pair that is called equal is printed, to be looked at. The golds
+are those of tests/data/verifier_golds.jsonl, a sample of 16 public sets, or of another file like it.
 
 math-verify is a peer for this comparison only (`pip install "math-verify[antlr4_13_2]"`). It gets the same
 completions and the gold in \\boxed{}, with its default settings. Both run in this process, on one core; CPU
