@@ -1028,32 +1028,30 @@ def is_capitals(tokens: list[Token]) -> bool:
 
 
 def applied_name(tokens: list[Token]) -> str:
-    """A letter with subscript or primes, and with arguments if it is a function."""
-    at = 1
-    if tokens[0].kind == "word":
-        at = 1
-    elif tokens[0].text in (r"\bar", r"\tilde"):
+    """A letter with subscripts and primes, and with arguments if it is a function."""
+    head, at = tokens[0], 1
+    if head.text in (r"\bar", r"\tilde", r"\angle"):
         at = group_end(tokens, 1)
-    elif tokens[0].kind != "letter":
+    elif head.kind not in ("letter", "word"):
         return ""
-    if tokens[0].text == r"\angle" and len(tokens) > 1:
-        at = 2
-    while at < len(tokens):
-        text = tokens[at].text
-        script = spell(tokens[at + 1 : at + 5]).strip("{").partition("}")[0]
-        is_part = script == "*" or script.startswith(("-1", "'"))  # f^{-1}, y^{\prime}
-        if text == "'":
-            at += 1
-        elif text == "_" or (text == "^" and is_part):
-            after = at + 1
-            if tokens[after : after + 1] and tokens[after].text == "-":
-                after += 1
-            at = group_end(tokens, after)
-        elif text == "(" and enclosed(tokens[at:]):
-            at = len(tokens)
-        else:
-            return ""
+    while at < len(tokens) and tokens[at].text in ("'", "_", "^"):
+        mark, at = tokens[at].text, at + 1
+        script = spell(tokens[at : at + 4]).strip("{").partition("}")[0]
+        if mark == "^" and script != "*" and not script.startswith(("-1", "'")):
+            return ""  # of the powers only f^{-1}, y^{\prime} and x^* are names
+        if mark != "'":
+            at = group_end(tokens, at + script.startswith("-") * (tokens[at].text == "-"))
+    rest = tokens[at:]
+    if rest and not (rest[0].text == "(" and enclosed(rest) and are_arguments(head, rest[1:-1])):
+        return ""
     return re.sub("[{}]", "", spell(tokens)).strip("\\")
+
+
+def are_arguments(head: Token, tokens: list[Token]) -> bool:
+    """f(x+1) and P(A|B) have any arguments; of other letters, x(t) has one and x(x+1) has none."""
+    if head.kind == "word" or head.text in "fgh" or not head.text.islower():
+        return True
+    return len(tokens) > 0 and all(len(part) == 1 for part in split(tokens, (",",))[0])
 
 
 def group_end(tokens: list[Token], at: int) -> int:
@@ -1088,16 +1086,14 @@ OPERATORS = set(OPERATORS.split())
 
 
 def is_asked_for(tokens: list[Token]) -> bool:
-    """Letters alone, as in a+b = 5? With numerals outside of subscripts it is an equation."""
-    depth, after = 0, ""
-    for token in tokens:
-        if token.kind == "number" and after != "_" and not depth:
+    """Letters alone, as in a+b = 5 and P(A)+f(2) = 5? With other numerals it is an equation."""
+    depth = 0  # in subscripts, and in arguments of functions
+    for before, token in zip([END, *tokens], tokens):
+        if token.kind == "number" and before.text != "_" and not depth:
             return False
-        if token.text == "(" or (token.text == "{" and after == "_"):
-            depth += 1
-        elif depth:
+        is_function = before.kind == "letter" and are_arguments(before, [])
+        if depth or (token.text == "(" and is_function) or (token.text == "{" and before.text == "_"):
             depth += LEVEL.get(token.text, 0)
-        after = token.text
     return any(token.kind == "letter" for token in tokens)
 
 
@@ -1204,12 +1200,13 @@ def is_label(token: Token) -> bool:
 
 
 def is_text(tokens: list[Token]) -> bool:
-    """Words first, or several letters among words: no mathematics."""
+    """Words first, or letters among words, as in "A function of x": no mathematics."""
     inner = bare(tokens)
     if inner[0].kind == "word":
         return tokens[0].text not in CURRENCY
     kinds = [token.kind for token in inner]
-    return {*kinds} == {"word", "letter"} and kinds.count("letter") > 1
+    several = kinds.count("letter") > 1 or kinds.count("word") > 2
+    return {*kinds} == {"word", "letter"} and several
 
 
 def bare(tokens: list[Token]) -> list[Token]:
@@ -1768,15 +1765,16 @@ class Traits:
         if self.counts:
             yield from self.integer_rows()
             return
-        # Two points in general position, below and above 1; then one where some letters are
-        # negative, as sqrt(x^2) is not x. A quotient of polynomials is as well off with integers,
-        # which are faster.
+        # Two points in general position, below and above 1: analytic functions that agree there by
+        # accident are not written by accident. Quotients of polynomials do with integers, which are
+        # faster.
         below = [211 + 618 * (3 * i + 1) % 700 for i in n]
-        above = [1013 + 97 + 618 * (5 * i + 2) % 1500 for i in n]
-        mixed = [(-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900) for i in n]
-        for row in (below, above, mixed):
+        above = [1110 + 618 * (5 * i + 2) % 1500 for i in n]
+        for row in (below, above):
             yield row if self.is_rational else [Fraction(x, 1013) for x in row]
         if self.bends or self.jumps:
+            # some letters negative, as sqrt(x^2 y^2) is not xy
+            yield [Fraction((-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900), 1019) for i in n]
             yield from self.far_rows()
         if self.jumps:
             # floor(x + 1/2) jumps at halves

@@ -150,7 +150,8 @@ def golds(path: Path, pairs: int):
         line = f"{name:24}{n:>7}{len(refused[name]):>9}{len(refused[name]) / n:>8.1%}  "
         print(line + ", ".join(f"{kind}: {k}" for kind, k in kinds))
     answers = [name for name in count if name not in ("college_math", "deepmind-mathematics")]
-    n, k = sum(count[name] for name in answers), sum(len(refused[name]) for name in answers)
+    n = sum(count[name] for name in answers)
+    k = sum(len(refused[name]) for name in answers)
     print(
         f"without college_math (prose) and deepmind-mathematics (lists without commas): {k} of {n}, {k / n:.2%}"
     )
