@@ -279,9 +279,10 @@ NAMES = """
     ell hbar angle triangle"""
 KINDS = {"\\" + name: "letter" for name in NAMES.split()}
 KINDS |= {"\\" + name: "function" for name in FUNCTIONS}
-COMMANDS = r"\pi \frac \binom \sqrt \bar \tilde \infty \R \emptyset \cup \cap \setminus \pm \mp"
-COMMANDS += r" \over \choose \dot \to \lim \sum \int"
-KINDS |= dict.fromkeys(COMMANDS.split(), "command")
+STRUCTURE = r"""
+    \pi \frac \binom \sqrt \bar \tilde \infty \R \emptyset \cup \cap \setminus \pm \mp \over \choose
+    \dot \to \lim \sum \int"""
+KINDS |= dict.fromkeys(STRUCTURE.split(), "command")
 KINDS |= dict.fromkeys(r"= < > \le \ge \ne \in \approx".split(), "relation")
 KINDS |= dict.fromkeys([*r"( [ { \{ \langle \lfloor \lceil \begin \begin?".split()], "open")
 KINDS |= dict.fromkeys([*r") ] } \} \rangle \rfloor \rceil \end \end?".split()], "close")
@@ -1706,11 +1707,21 @@ class Sample:
         return value
 
 
+def as_float(e) -> float:
+    value = Sample({}, BITS).value(e)
+    return libmp.to_float(value.value[0]) if isinstance(value, Ball) else float(value)
+
+
 # ---- Equal: two expressions at sample points -------------------------------------------------
 
 CLOSE = -133  # log2 of the bound of a difference, beside either side and beside 1: 40 digits
 BITS = 400  # of a first try
 MAX_PRECISION = 4800  # of a second try, for what large terms that cancel have left undecided
+
+
+# libmp keeps its constants. Computed in advance, no thread replaces them while another reads them.
+for constant in (libmp.mpf_pi, libmp.mpf_e, libmp.mpf_ln2):
+    constant(2 * MAX_PRECISION)
 
 
 class Traits:
@@ -1801,7 +1812,7 @@ class Traits:
             yield [integers[(row + (2 * row + 3) * i) % count] for i in n]
 
 
-INTEGER_NAMES = "ijklmnpq"
+INTEGER_NAMES = "ijklmnpq"  # under a floor, a letter with such a name is an integer
 
 
 def difference(a, b, sample: Sample) -> bool:
@@ -2117,11 +2128,6 @@ def is_no_gold(gold: str) -> bool:
     r"""Does it say that there is no gold? A bare None is Python's; \text{None} is an answer."""
     words = re.sub(r"\\text\w*\s*\{([^{}]*)\}", r"\1", gold).strip(" $*.:()[]{}\n").lower()
     return NO_GOLD.fullmatch(words) is not None or gold.strip(" .").lower() == "none"
-
-
-def as_float(e) -> float:
-    value = Sample({}, BITS).value(e)
-    return libmp.to_float(value.value[0]) if isinstance(value, Ball) else float(value)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------

@@ -152,9 +152,8 @@ def golds(path: Path, pairs: int):
     answers = [name for name in count if name not in ("college_math", "deepmind-mathematics")]
     n = sum(count[name] for name in answers)
     k = sum(len(refused[name]) for name in answers)
-    print(
-        f"without college_math (prose) and deepmind-mathematics (lists without commas): {k} of {n}, {k / n:.2%}"
-    )
+    print("without college_math, which is prose, and deepmind-mathematics, whose lists have no commas:")
+    print(f"{k} of {n}, {k / n:.2%}")
 
     def is_plain(gold):
         value = verifier.core(verifier._read(gold))
