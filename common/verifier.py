@@ -209,15 +209,15 @@ class Token(NamedTuple):
 
 # Characters that stand for others. A full-width digit stays what it is: no number of this file.
 CHARACTERS = r"""
-    −- –- —- ×\times ·\cdot ⋅\cdot ∙\cdot •\cdot ∗* ÷/ ⁄/ π\pi ∞\infty ≤\le ≥\ge ⩽\le ⩾\ge ≠\ne ≈\approx
-    ∪\cup ∩\cap ∈\in √\sqrt °^\circ ∅\emptyset ∖\setminus ±\pm ∓\mp ∠\angle △\triangle ∣| ∥\| →\to
-    α\alpha β\beta γ\gamma δ\delta ε\epsilon ζ\zeta η\eta θ\theta κ\kappa λ\lambda μ\mu µ\mu ν\nu ξ\xi
-    ρ\rho σ\sigma τ\tau φ\phi ϕ\phi χ\chi ψ\psi ω\omega Γ\Gamma Δ\Delta ∆\Delta Θ\Theta Λ\Lambda Σ\Sigma
-    Φ\Phi Ψ\Psi Ω\Omega ħ\hbar ℏ\hbar ℓ\ell ℝ\mathbb{R}
-    ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ⅕\frac15 ⅖\frac25 ⅗\frac35 ⅘\frac45 ⅙\frac16 ⅚\frac56
-    ⅐\frac17 ⅛\frac18 ⅜\frac38 ⅝\frac58 ⅞\frac78 ⅑\frac19
-    ’' ′' ‘' ″'' （( ）) ［[ ］] ｛\{ ｝\} ，, 、, ；; ：: ＝= ＋+ －- ／/ ＜< ＞> ％% ｜| 。. ～~
-    ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ⟨\langle ⟩\rangle 〈\langle 〉\rangle €\text{euro} £\text{sterling}"""
+    −- –- —- ×\times ·\cdot ⋅\cdot ∙\cdot •\cdot ∗* ÷/ ⁄/ π\pi ∞\infty ≤\le ≥\ge ⩽\le ⩾\ge
+    ≠\ne ≈\approx ∪\cup ∩\cap ∈\in √\sqrt °^\circ ˚^\circ º^\circ ∶: ∅\emptyset ∖\setminus
+    ±\pm ∓\mp ∠\angle △\triangle ∣| ∥\| →\to α\alpha β\beta γ\gamma δ\delta ε\epsilon ζ\zeta
+    η\eta θ\theta κ\kappa λ\lambda μ\mu µ\mu ν\nu ξ\xi ρ\rho σ\sigma τ\tau φ\phi ϕ\phi χ\chi
+    ψ\psi ω\omega Γ\Gamma Δ\Delta ∆\Delta Θ\Theta Λ\Lambda Σ\Sigma Φ\Phi Ψ\Psi Ω\Omega ħ\hbar
+    ℏ\hbar ℓ\ell ℝ\mathbb{R} ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ⅕\frac15 ⅖\frac25
+    ⅗\frac35 ⅘\frac45 ⅙\frac16 ⅚\frac56 ⅐\frac17 ⅛\frac18 ⅜\frac38 ⅝\frac58 ⅞\frac78 ⅑\frac19
+    ’' ′' ‘' ″'' （( ）) ［[ ］] ｛\{ ｝\} ，, 、, ；; ：: ＝= ＋+ －- ／/ ＜< ＞> ％% ｜| 。. ～~ ⌊\lfloor
+    ⌋\rfloor ⌈\lceil ⌉\rceil ⟨\langle ⟩\rangle 〈\langle 〉\rangle €\text{euro} £\text{sterling}"""
 CHARACTERS = {pair[0]: pair[1:] + " " * pair[-1].isalpha() for pair in CHARACTERS.split()}
 CHARACTERS = str.maketrans(CHARACTERS)
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
@@ -283,7 +283,8 @@ STRUCTURE = r"""
     \pi \frac \binom \sqrt \bar \tilde \infty \R \emptyset \cup \cap \setminus \pm \mp \over \choose
     \dot \to \lim \sum \int"""
 KINDS |= dict.fromkeys(STRUCTURE.split(), "command")
-KINDS |= dict.fromkeys(r"= < > \le \ge \ne \in \approx".split(), "relation")
+INCLUSIONS = set(r"\in \notin \subset \subseteq \supset \supseteq".split())
+KINDS |= dict.fromkeys([*r"= < > \le \ge \ne \approx".split(), *INCLUSIONS], "relation")
 KINDS |= dict.fromkeys([*r"( [ { \{ \langle \lfloor \lceil \begin \begin?".split()], "open")
 KINDS |= dict.fromkeys([*r") ] } \} \rangle \rfloor \rceil \end \end?".split()], "close")
 KINDS |= {",": "separator"}
@@ -381,12 +382,16 @@ RULES = {
 }
 
 
+SPOKEN = {text for text, kind in KINDS.items() if kind in ("letter", "function", "separator")}
+SPOKEN |= {r"\pi", r"\infty", r"\frac", r"\binom", r"\sqrt", r"\lfloor", r"\lceil"}
+
+
 def spelled(word: str, following: str = "") -> list[tuple[str, str]]:
     """A run of letters: a function, a constant, a separator, a unit, a word, or single letters."""
     if following == "{" and word in ("bar", "overline", "tilde"):
         return [("command", SPELLINGS.get("\\" + word, "\\" + word))]
     command = SPELLINGS.get("\\" + word.lower(), "\\" + word)
-    if command in KINDS and command not in (r"\in", r"\ne", r"\le", r"\ge", r"\to", r"\R"):
+    if command in SPOKEN:
         return [(KINDS[command], command)]
     if word.lower() in ("am", "pm"):
         return [("word", word.lower())]
@@ -746,6 +751,13 @@ class Union(NamedTuple):
     pieces: tuple
 
 
+class Combined(NamedTuple):
+    r"""A \cap B and A \setminus B."""
+
+    operator: str
+    parts: tuple
+
+
 class Matrix(NamedTuple):
     rows: tuple
 
@@ -816,7 +828,9 @@ FIXED = {
     ("-", r"\infty"): MINUS_INFINITY,
     (r"\emptyset",): Set(()),
     (r"\{", r"\}"): Set(()),
+    ("{", "}"): Set(()),
 }
+SET_OPERATIONS = (r"\cup", r"\cap", r"\setminus")  # the loosest first
 ORDERS = {"<", ">", r"\le", r"\ge"}
 MIRRORED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
@@ -854,7 +868,7 @@ UPPER |= {text for text, kind in KINDS.items() if kind == "relation"}
 
 def listed(tokens: list[Token]):
     """List: the values between commas. x < 1 or x > 5 is a union."""
-    if not any(token.text in UPPER or token.kind == "word" for token in tokens):
+    if len(tokens) > 2 and not any(t.text in UPPER or t.kind == "word" for t in tokens):
         return number(tokens)  # most answers, twice as fast
     label, colon = split(tokens, (":",))
     if colon and all(token.text in LABELS for token in label[0]):  # Solution is: x = 4
@@ -922,15 +936,13 @@ def statement(tokens: list[Token]):
         return equation([exact, rest[0]])
     if rest:
         return approximate(statement(exact), rest[0])
-    sides, operators = split(tokens, {*MIRRORED, r"\in"})
+    sides, operators = split(tokens, {*MIRRORED, *INCLUSIONS})
     if not operators:
         return value_of(tokens)
-    if operators == [r"\in"]:
-        if name := name_of(sides[0]):
-            return Named(name, value_of(sides[1]))
-        member, container = map(value_of, sides)  # 2 \in M says something of M
-        require(isinstance(member, Number) and isinstance(container, Number))
-        return Relation((member, container), (r"\in",))
+    if operators == [r"\in"] and (name := name_of(sides[0])):
+        return Named(name, value_of(sides[1]))
+    if not INCLUSIONS.isdisjoint(operators):  # 2 \in M says something of M
+        return Relation(tuple(map(operand, sides)), tuple(operators))
     return equation(sides) if {*operators} == {"="} else inequality(sides, operators)
 
 
@@ -1093,7 +1105,8 @@ def is_asked_for(tokens: list[Token]) -> bool:
         if token.kind == "number" and before.text != "_" and not depth:
             return False
         is_function = before.kind == "letter" and are_arguments(before, [])
-        if depth or (token.text == "(" and is_function) or (token.text == "{" and before.text == "_"):
+        opens = is_function if token.text == "(" else before.text == "_" and token.text == "{"
+        if depth or opens:
             depth += LEVEL.get(token.text, 0)
     return any(token.kind == "letter" for token in tokens)
 
@@ -1143,17 +1156,17 @@ def without(points) -> Union:
 def value_of(tokens: list[Token]):
     """Union, ratio, tuple, set, matrix, text or quantity: one answer without a relation."""
     require(tokens)
+    if len(tokens) < 3 and (fixed := FIXED.get(tuple(token.text for token in tokens))):
+        return fixed
     while enclosed(tokens) and tokens[0].text in ("{", "(", "["):
         inner = tokens[1:-1]
         require(inner)
         if tokens[0].text == "{" and len(split(inner, (",",))[0]) > 1:
             return brace_set(inner)
-        holds_value = enclosed(inner) and inner[0].text in (r"\begin", r"\{")
-        if tokens[0].text != "{" and not holds_value and len(split(inner, (r"\cup",))[0]) == 1:
+        is_value = enclosed(inner) and inner[0].text in (r"\begin", r"\{")
+        if tokens[0].text != "{" and not is_value and not split(inner, SET_OPERATIONS)[1]:
             break
         tokens = inner
-    if (fixed := FIXED.get(tuple(token.text for token in tokens[:2]))) and len(tokens) < 3:
-        return fixed
     if choice := choice_of(tokens):
         return choice
     if is_text(tokens):
@@ -1166,6 +1179,13 @@ def value_of(tokens: list[Token]):
         require(isinstance(value, Number) and value.plain)
         value = Number(mul(value.expr, Integer(scale)), plain=True)
     return Quantity(value, unit) if unit else value
+
+
+def operand(tokens: list[Token]):
+    """A side of a set operation: there {2} is a set, whose backslashes got lost."""
+    if enclosed(tokens) and tokens[0].text == "{" and not enclosed(tokens[1:-1]):
+        return Set(items_of(tokens[1:-1]))
+    return value_of(tokens)
 
 
 def brace_set(inner: list[Token]) -> Set:
@@ -1269,9 +1289,13 @@ def container(tokens: list[Token]):
         return fixed
     if [t.text for t in tokens[:3]] == [r"\R", r"\setminus", r"\{"]:
         return without(container(tokens[2:]).items)
-    pieces, _ = split(tokens, (r"\cup",))
-    if len(pieces) > 1:
-        values = [value_of(piece) for piece in pieces]
+    for operator in SET_OPERATIONS:
+        pieces, marks = split(tokens, (operator,))
+        if not marks:
+            continue
+        values = list(map(operand, pieces))
+        if operator != r"\cup":
+            return Combined(operator, tuple(values))
         pieces = [v.pieces if isinstance(v, Union) else (v,) for v in values]
         return Union(sum(pieces, ()))
     parts, _ = split(tokens, (":",))
@@ -1925,6 +1949,8 @@ def same(gold, answer) -> bool:
             return gold.brackets == answer.brackets and in_order(gold.items, answer.items)
         case (Set(), Set()) | (Union(), Union()):
             return in_any_order(gold[0], answer[0])
+        case Combined(), Combined():
+            return gold.operator == answer.operator and in_order(gold.parts, answer.parts)
         case Matrix(), Matrix():
             return in_order(gold.rows, answer.rows, in_order)
         case Ratio(), Ratio():
@@ -2007,16 +2033,14 @@ def same_relation(gold: Relation, answer: Relation) -> bool:
     gold, answer = upward(gold), upward(answer)
     if gold.operators != answer.operators:
         return False
+    if len(gold.operators) > 1 or gold.operators[0] in INCLUSIONS:
+        return in_order(gold.sides, answer.sides)
     sides = [[side.expr for side in relation.sides] for relation in (gold, answer)]
-    if len(sides[0]) != len(sides[1]):
-        return False
     if all(map(equal, *sides)):
         return True
     symmetric = {*gold.operators} <= {"=", r"\ne"}
     if symmetric and all(map(equal, sides[0], sides[1][::-1])):
         return True
-    if len(gold.operators) > 1 or gold.operators[0] not in MIRRORED:
-        return False
     f, g = (add(left, mul(-1, right)) for left, right in sides)
     return proportional(f, g, symmetric)
 
