@@ -858,10 +858,8 @@ def spell(tokens: list[Token]) -> str:
 
 
 LABELS = set("solution answer result is the final set".split())
-
-
 # What an expression alone does not have; words are no part of it either.
-UPPER = r", : _ | ( ) [ \{ \begin \begin? \langle \cup \setminus \pm \mp \R \infty \emptyset °"
+UPPER = r", : _ | ( ) [ \{ \begin \begin? \langle \cup \cap \setminus \pm \mp \R \infty \emptyset °"
 UPPER = set(UPPER.split())
 UPPER |= {text for text, kind in KINDS.items() if kind == "relation"}
 
@@ -889,15 +887,21 @@ def united(items: tuple):
     name, values = items[0].name, [i.value for i in items]
     if all(i.relation.operators == (r"\ne",) for i in items):
         return Named(name, without([value.pieces[0].items[1] for value in values]))
-    ends = [value.items for value in values if isinstance(value, Tuple)]
-    if len(ends) == len(items) == 2:
-        low = 0 if ends[1][0] == MINUS_INFINITY else 1
-        (a, above), (below, b) = ends[low], ends[1 - low]
-        if above == INFINITY and below == MINUS_INFINITY != a and b != INFINITY:
-            if as_float(a.expr) < as_float(b.expr):
-                brackets = values[low].brackets[0] + values[1 - low].brackets[1]
-                return Named(name, Tuple(brackets, (a, b)))
+    if len(items) == 2 and (common := overlap(*values) or overlap(*values[::-1])):
+        return Named(name, common)
     return Union(items)
+
+
+def overlap(above, below):
+    """Of x > a and x < b what is between, if anything is."""
+    if not (isinstance(above, Tuple) and isinstance(below, Tuple)):
+        return None
+    (a, top), (bottom, b) = above.items, below.items
+    if top != INFINITY or bottom != MINUS_INFINITY or a == bottom or b == top:
+        return None
+    if as_float(a.expr) >= as_float(b.expr):
+        return None
+    return Tuple(above.brackets[0] + below.brackets[1], (a, b))
 
 
 def items_of(tokens: list[Token]) -> tuple:
@@ -914,7 +918,7 @@ def items_of(tokens: list[Token]) -> tuple:
             signed = [token._replace(text=signs.get(token.text, token.text)) for token in part]
             items.append(statement(signed))
     if len(items) > 1:  # x = y = 4, z = 2 are three values
-        counts = [1 + i.name.count("=") if isinstance(i, Named) else 1 for i in items]
+        counts = [1 + i.name.count(" = ") if isinstance(i, Named) else 1 for i in items]
         items = [i for i, count in zip(items, counts) for _ in range(count)]
     require(0 < len(items) <= MAX_ITEMS)
     return tuple(items)
@@ -980,7 +984,7 @@ def equation(sides: list[list[Token]]):
     names = [name for name in map(name_of, [first, *middle]) if name]  # x = y = 4
     if name_of(first):
         is_letter = left is not None and "(" not in names[0] and not is_capitals(first)
-        return named("=".join(names), left if is_letter else Symbol(names[0]))
+        return named(" = ".join(names), left if is_letter else Symbol(names[0]))
     if left is None:  # whatever \lim or \bmod ask for, the right-hand side says what it is
         require(is_operation(first))
         return named(spell(first), Symbol(spell(first)))
@@ -1137,7 +1141,7 @@ def inequality(sides: list[list[Token]], operators: list[str]):
             return Named(name, without([point]), relation)
         return Named(name, interval(low, high, *ends[at - 1 : at + 1]), relation)
     if len(sides) == 3 and names[1] and {*operators} <= {"<", r"\le"}:
-        return Named(names[1], interval(values[0], values[2], *operators))
+        return Named(names[1], interval(values[0], values[2], *operators), relation)
     return relation
 
 
@@ -2009,7 +2013,8 @@ def same_statement(gold, answer) -> bool:
         return not (all(units) and conflict(*units))
     if not both_named or (":" in gold.name and ":" in answer.name):  # S_1:S_2 is not S_2:S_1
         return False
-    if g and a and not same_name(gold.name, answer.name):
+    is_short = g and a and len(g.sides) == len(a.sides) == 2
+    if is_short and not same_name(gold.name, answer.name):  # x = 5 is not y = 5
         return False
     return same(gold.value, answer.value)
 
