@@ -1805,15 +1805,16 @@ class Traits:
             yield from self.integer_rows()
             return
         # Two points in general position, below and above 1: analytic functions that agree there by
-        # accident are not written by accident. Quotients of polynomials do with integers, which are
-        # faster.
-        below = [211 + 618 * (3 * i + 1) % 700 for i in n]
-        above = [1110 + 618 * (5 * i + 2) % 1500 for i in n]
+        # accident are not written by accident. Powers in a prime field know no simple relation, as
+        # equal steps would: then 2b - a would be c. Quotients of polynomials do with integers.
+        below = [101 + pow(5, 3 * i + 4, 907) for i in n]
+        above = [1110 + pow(7, 3 * i + 5, 1499) for i in n]
         for row in (below, above):
             yield row if self.is_rational else [Fraction(x, 1013) for x in row]
         if self.bends or self.jumps:
             # some letters negative, as sqrt(x^2 y^2) is not xy
-            yield [Fraction((-1) ** (i + 1) * (307 + 618 * (7 * i + 3) % 900), 1019) for i in n]
+            mixed = [(-1) ** (i + 1) * (307 + pow(11, 3 * i + 2, 887)) for i in n]
+            yield [Fraction(x, 1019) for x in mixed]
             yield from self.far_rows()
         if self.jumps:
             # floor(x + 1/2) jumps at halves

@@ -649,6 +649,15 @@ def test_the_bound_holds(text, row):
     assert coarse.error < verifier.size(coarse.value) - 250 or coarse.value == verifier.libmp.mpc_zero
 
 
+def test_sample_points_are_in_general_position():
+    """No letter's value is a small combination of the values of two others, at two points at once."""
+    letters = [f"{c}" for c in "abcdfghjklmn"]
+    for a in letters:
+        for b in letters:
+            sums = [f"{a}+{b}", f"2{a}-{b}", f"{a}-{b}", f"{a} {b}", rf"\frac{{{a}}}{{{b}}}", f"3{a}-2{b}"]
+            assert [(s, c) for s in sums for c in letters if c not in (a, b) and equivalent(s, c)] == []
+
+
 def test_golds_of_many_sets():
     """Refused golds are few where the sets hold answers; pairs of golds that are equal are listed."""
     prose = {"college_math", "deepmind-mathematics"}  # solutions in words; numbers without commas
