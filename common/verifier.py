@@ -951,19 +951,18 @@ def statement(tokens: list[Token]):
 
 
 def approximate(exact, rest: list[Token]):
-    """The exact value, and the decimal if it can be read."""
+    """Both sides of an approximation; x = 10/3, about 3.33, is one with a name."""
     if isinstance(exact, Named):
         return exact._replace(value=approximate(exact.value, rest))
-    try:
-        return Approximate(exact, value_of(rest))
-    except ValueError:
-        return exact
+    return Approximate(exact, value_of(rest))
 
 
 def equation(sides: list[list[Token]]):
     """x = 5 and 5 = x are 5 with a name; 2 + 3 = 5 is true, and 5; x + 3 = 7 is a relation."""
-    sides = [side for side in sides if side]
-    if len(sides) == 1:  # = 5
+    if not sides[0]:  # = 5
+        sides = sides[1:]
+    require(all(sides))
+    if len(sides) == 1:
         return value_of(sides[0])
     if len(sides) == 2 and name_of(sides[1]) and not name_of(sides[0]):
         sides = sides[::-1]
