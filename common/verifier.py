@@ -1516,7 +1516,7 @@ def exact_root(a: Fraction, n: int) -> Fraction | None:
 
 
 def to_power(a, b, bits: int):
-    """a^b: exact if it can be, a square root by itself, the rest as e^(b log a)."""
+    """a^b: exact if it can be, else by a root, the rest as e^(b log a)."""
     if not isinstance(b, Ball):
         if b.denominator == 1:
             return to_integer(a, b.numerator, bits)
@@ -1525,8 +1525,8 @@ def to_power(a, b, bits: int):
                 return to_integer(a, 1 if b > 0 else -1, bits)
             if (exact := exact_root(a, b.denominator)) is not None:
                 return to_integer(exact, b.numerator, bits)
-        if b.denominator == 2:
-            return to_integer(square_root(ball(a, bits), bits), b.numerator, bits)
+        if b.denominator <= 12 and (nth := nth_root(ball(a, bits), b.denominator, bits)):
+            return to_integer(nth, b.numerator, bits)
     if a == 0:
         raise Undefined
     return exponential(times(b, logarithm(a, bits), bits), bits)
@@ -1538,10 +1538,16 @@ def cut_is_clear(a: Ball) -> None:
         raise Undecided
 
 
-def square_root(a: Ball, bits: int) -> Ball:
+def nth_root(a: Ball, n: int, bits: int) -> Ball | None:
+    """The root of a positive number, and the square root of any; other roots are left to e^(b log a)."""
     cut_is_clear(a)
     relative = away_from_zero(a)
-    value = libmp.mpc_sqrt(a.value, bits)
+    if a.real and not a.value[0][0]:
+        value = libmp.mpf_nthroot(a.value[0], n, bits + 10), libmp.fzero
+    elif n == 2:
+        value = libmp.mpc_sqrt(a.value, bits)
+    else:
+        return None
     return rounded(value, (size(value) + relative,), bits, a.real)
 
 
