@@ -75,6 +75,11 @@ def check_model(model, tokenizer, missing, name):
     write_stop_ids(model, tokenizer)
 
 
+def at_head(model, temperature):
+    """The temperature by which hidden states times weights are divided: scaled logits have one of their own."""
+    return temperature * getattr(model, "logit_divisor", 1.0)
+
+
 def check_same_shapes(model, base):
     """--base must have the architecture of --model; both are folders or hub names."""
     shapes = []
