@@ -156,6 +156,7 @@ def sample_pairs(model, tokenizer, rows, args):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -225,7 +226,7 @@ def kl_from_initial(model, prompts, responses, initial_logp, args):
     """KL(pi_0 || pi) per token, on held-out responses that pi_0 sampled before training."""
     tokens, mask = tok.join(prompts, responses, model.device)
     logp, _ = score(model, tokens, mask, args)
-    log_ratio = logp - initial_logp.to(model.device)  # log pi / pi_0, [N, T]
+    log_ratio = logp - logp.new_tensor(initial_logp)  # log pi / pi_0, [N, T]
     k3 = log_ratio.exp() - log_ratio - 1  # >= 0, unbiased since y ~ pi_0
     return k3.sum() / mask.sum()
 
@@ -247,7 +248,7 @@ def main(args):
     pairs = load_pairs(args, test) if args.pairs else None
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -267,7 +268,7 @@ def main(args):
             prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
             responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
             logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
-            state["initial"] = (prompts, responses, logp.cpu())
+            state["initial"] = (prompts, responses, logp.tolist())
         runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
     train = data.load_samples(out)  # two rows per pair
     torch.manual_seed(args.seed)
@@ -304,16 +305,16 @@ def main(args):
         for pair_rows, columns in tok.micro_batches(longer, args.micro_batch_tokens // 2, ranks.shard()):
             rows = [row for pair in pair_rows for row in (2 * pair, 2 * pair + 1)]
             micro = rows, columns
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
+            with autocast:
+                logp, entropy = logprobs(model, y, m, args.temperature)
             loss, reward = dpo_loss(logp, initial_logp[rows], m, len(longer), args)
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
             rewards[rows] = reward.cpu()
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

@@ -72,8 +72,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
-    norms = ["sequence", "token", "constant"]
-    add("--loss-norm", choices=norms, default="constant", help="loss normalisation, Z")
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
     add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
     add("--kl-coef", type=flags.number(0), default=0.0, help="beta, of the KL to the initial policy")
@@ -127,6 +126,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -253,7 +253,7 @@ def main(args):
     if args.kl_coef:
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -311,19 +311,20 @@ def main(args):
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
             rows = minibatch.tolist()
             for micro in tok.micro_batches(useful, args.micro_batch_tokens, ranks.shard(), rows):
-                with autocast:  # [B, width]
-                    logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+                y = tokens[micro]  # [B, width]
+                m = mask[micro]
+                with autocast:
+                    logp, entropy = logprobs(model, y, m, args.temperature)
                 # with a single update pi_old is pi, so r = 1; without a reference k3 = 0
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 ref = ref_logp[micro] if reference else logp.detach()
-                A, m, z = advantage[micro], mask[micro], inv_z[micro]
+                A, z = advantage[micro], inv_z[micro]
                 loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
-            parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()

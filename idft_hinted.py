@@ -179,6 +179,7 @@ def rewrite(model, tokenizer, hinted, student, args):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -214,16 +215,13 @@ def judged(model, tokenizer, kind, questions, golds, prompts, responses, args):
     correct = torch.tensor(math_reward(texts, golds)) > 0  # [N]
     lengths = torch.tensor([len(ids) for ids in responses])
     phi = centered(model, prompts, responses, args) / lengths  # mean over tokens, [N]
-    metrics = {
-        f"verified_{kind}": correct.float().mean(),
-        f"phi_{kind}": phi[correct].mean(),
-    }
+    metrics = {f"verified_{kind}": correct.float().mean()}
+    metrics[f"phi_{kind}"] = phi[correct].mean()
     # demonstrations are only measured; a response as long as the budget has no EOS
     kept = correct & (lengths < args.max_new_tokens) & (kind != "demo")
     rows = []
     for question, text, keep in zip(questions, texts, kept.tolist()):
-        row = {"kind": kind, "question": question, "solution": text, "kept": keep}
-        rows.append(row)
+        rows.append({"kind": kind, "question": question, "solution": text, "kept": keep})
     return metrics, rows
 
 
@@ -231,10 +229,8 @@ def on_policy_demonstrations(model, tokenizer, rows, args):
     """The model's own solutions and, where these are incorrect, rewrites; `kept` says what to train."""
     questions, golds = list(rows["question"]), list(rows["gold"])
     solutions = list(rows["solution"])
-    hints = []
-    for question, solution in zip(questions, solutions):
-        hint = args.hint_template.replace("{solution}", solution)
-        hints.append(hint.replace("{question}", question))
+    hints = [args.hint_template.replace("{solution}", y) for y in solutions]
+    hints = [hint.replace("{question}", x) for hint, x in zip(hints, questions)]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     hints = tok.encode_prompts(tokenizer, hints, args.prompt_template)
     # refuse before sampling, not after it
@@ -300,7 +296,7 @@ def main(args):
     train, test = data.load_splits(args, demonstrations=True)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -348,21 +344,22 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
+        z = mask.sum()  # response tokens of the global batch
         losses = []
         entropies = []
         phi = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
+            with autocast:
+                logp, entropy = logprobs(model, y, m, args.temperature)
             vocabulary = model.config.get_text_config().vocab_size
-            loss = idft_loss(logp, entropy, m, mask.sum(), vocabulary, args)
+            loss = idft_loss(logp, entropy, m, z, vocabulary, args)
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
             phi.append((logp + entropy).detach()[m.bool()].cpu())
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

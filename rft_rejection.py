@@ -133,9 +133,9 @@ def attempt(model, tokenizer, rows, template, args):
     """k judged samples of each question, a list for each; the template may show the gold."""
     questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
-    texts = [template.replace("{gold}", gold) for gold in golds]
-    texts = [text.replace("{question}", q) for text, q in zip(texts, questions)]
-    prompts = tok.encode_prompts(tokenizer, texts, args.prompt_template)
+    shown = [template.replace("{gold}", gold) for gold in golds]
+    asked = [text.replace("{question}", q) for text, q in zip(shown, questions)]
+    prompts = tok.encode_prompts(tokenizer, asked, args.prompt_template)
     responses, _ = sample(model, tokenizer, prompts * args.k, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
     rewards = math_reward(texts, golds * args.k)
@@ -177,26 +177,26 @@ def sample_and_filter(model, tokenizer, rows, args):
                 distinct[path(s["solution"])] = s
         paths += len(distinct)  # what RFT's gain grows with, in the paper
         if args.add_gold:  # the demonstration stands for its own path
-            gold = {key: row[key] for key in ("question", "solution")}
-            demonstrations.append(gold | {"kept": True})
+            gold = {"question": row["question"], "solution": row["solution"], "kept": True}
+            demonstrations.append(gold)
             distinct.pop(path(row["solution"]), None)
         for s in list(distinct.values())[: args.keep_per_question or None]:
             s["kept"] = True  # trained
         demonstrations += found
 
-    kept = sum(s["kept"] for s in demonstrations)  # size of the training set
-    flags.demand(kept, "--k: not one sample is correct; raise it, or start with sft.py.")
     metrics = {
         "reward": sum(rewards) / max(1, len(rewards)),
-        "kept": kept,
+        "kept": sum(s["kept"] for s in demonstrations),  # size of the training set
         "unsolved": len(failed) / len(rows),
         "tokens_generated": sum(s["tokens"] for found in samples for s in found),
         "paths": paths / len(rows),  # distinct correct ones per question
     }
+    flags.demand(metrics["kept"], "--k: no sample is correct; raise it, or start with sft.py.")
     return metrics, demonstrations
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -259,15 +259,14 @@ def self_check(model, tokenizer, rows, args):
 
 # ---- training --------------------------------------------------------------------------
 def main(args):
-    questions, test = data.load_splits(args, demonstrations=args.add_gold)
-    if args.base:
-        models.check_same_shapes(args.model, args.base)
+    asked, test = data.load_splits(args, demonstrations=args.add_gold)
+    models.check_same_shapes(args.model, args.base)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     if args.add_gold:
-        questions = data.with_gold(questions, args)
-    questions = data.subset(questions, args.questions, args.seed)
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        asked = data.with_gold(asked, args)
+    asked = data.subset(asked, args.questions, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -277,7 +276,7 @@ def main(args):
             self_check(model, tokenizer, test, args)
             first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
-    print(f"one round: {args.k} samples of {len(questions):,} questions, {args.steps} steps")
+    print(f"one round: {args.k} samples of {len(asked):,} questions, {args.steps} steps")
     train = None
 
     for step in runs.steps(state, args.rounds * args.steps):
@@ -291,15 +290,14 @@ def main(args):
         # sample, verify, keep; save a checkpoint, so that no round is sampled twice
         if state.get("sampled", -1) < first:
             with autocast:
-                metrics, found = sample_and_filter(model, tokenizer, questions, args)
+                metrics, found = sample_and_filter(model, tokenizer, asked, args)
             metrics["seconds_sample"] = time.time() - began
             runs.log(out, {"step": first} | metrics, found)
             state["sampled"] = first  # of the last round that was sampled
             if args.restart == "base":  # better samples, but the same initial weights
-                source, flag = (args.base, "--base") if args.base else (args.model, "--model")
-                base, _ = models.load_model(source, flag=flag)
+                base, _ = models.load_model(args.base or args.model)
                 model.load_state_dict(base.state_dict())
-                optimizer = ranks.adamw(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": first}
             runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # train what samples.jsonl says
@@ -322,18 +320,19 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
+        z = mask.sum()  # response tokens of the global batch
         losses = []
         entropies = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], 1.0)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
-            loss = sft_loss(logp, m, mask.sum())
+            with autocast:
+                logp, entropy = logprobs(model, y, m, 1.0)
+            loss = sft_loss(logp, m, z)
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

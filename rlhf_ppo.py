@@ -1,24 +1,25 @@
-"""RLHF: preferences, a reward model fitted to them, and PPO against it; for tasks without a verifier.
+"""RLHF: preferences, a reward model fitted to them, and PPO against it. No verifier is needed.
 
-Ziegler et al., arXiv 1909.08593; Stiennon et al., 2009.01325; InstructGPT, 2203.02155; PPO: Schulman
-et al., 1707.06347; details: Huang et al., 2403.17031. Three stages, each with its file or folder:
+Ziegler et al., arXiv 1909.08593; Stiennon et al., 2009.01325; InstructGPT, 2203.02155;
+PPO: Schulman et al., 1707.06347; its details: Huang et al., 2403.17031. Three stages:
 
-    1 preferences.jsonl   completions of the initial policy, and which an annotator prefers, y_w > y_l
-    2 reward_model/       L = - mean log sigmoid( R(y_w) - R(y_l) ), R read at the last response token
-    3 final/              PPO on r_t = - beta log(pi_old / pi_ref)_t, plus R at the last token; critic V:
+    1 preferences.jsonl   completions of the initial policy; which one an annotator prefers, y_w > y_l
+    2 reward_model/       L = - mean log sigmoid( R(y_w) - R(y_l) ), R read at the last token
+    3 final/              PPO on r_t = - beta log(pi_old / pi_ref)_t, plus R at the last token, with
+                          a critic V:
                           delta_t = r_t + V_t+1 - V_t        A_t = delta_t + lambda A_t+1
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi; against grpo.py:
     data    on-policy completions, G for each question
-    weight  I_clip r A with an advantage for each token: from the critic, not from a group; whitened
+    weight  I_clip r A, where each token has an advantage, from the critic; whitened
     mask    the response, EOS included
     Z       all tokens of the global batch
-The critic starts as the reward model and is fitted to the returns A + V. The policy sees no verdict:
-only the simulated annotator knows the answers. Its `utility` is the gold reward behind the score.
+The critic starts as the reward model and is fitted to the returns A + V. The policy sees no
+verdict: only the simulated annotator knows the answers. Its `utility` is the gold reward.
 
     python rlhf_ppo.py                 # tiny world, minutes on 2 CPU cores: utility 1.5 -> 2.2
     python rlhf_ppo.py --annotator human --stop-after preferences   # you rank; --resume continues
-    python rlhf_ppo.py --reward-model runs/rlhf_ppo/reward_model --output-dir runs/ppo  # stage 3 only
+    python rlhf_ppo.py --reward-model runs/rlhf_ppo/reward_model --output-dir runs/ppo
 """
 
 import argparse
@@ -76,9 +77,7 @@ def parse_args(argv=None):
     add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=2, help="completions per question, G")
-    add("--advantage", choices=["grpo", "dr_grpo"], default="grpo", help="with or without 1/std")
-    norms = ["sequence", "token", "constant"]
-    add("--loss-norm", choices=norms, default="token", help="loss normalisation, Z")
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="token", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
     add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
     add("--kl-coef", type=flags.number(0), default=0.2, help="beta, of the KL to the initial policy")
@@ -142,7 +141,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
 
 def preferences(model, tokenizer, rows, out, args, test=()):
-    """Stage 1: pairs from --preferences, or own samples as the annotator ranks them; by question."""
+    """Stage 1: pairs from --preferences or from ranked on-policy samples, a list per question."""
     if args.preferences:
         return load_pairs(args.preferences, args.split, "--preferences", args, test)
     torch.manual_seed(args.seed)  # a resumed run samples the same and draws the same noise
@@ -158,10 +157,9 @@ def preferences(model, tokenizer, rows, out, args, test=()):
             if not completion["truncated"]:
                 distinct[completion["text"]] = completion | {"luck": luck}
         choices = list(distinct.values())
+        ranking = sorted(choices, key=lambda c: -args.slope * c["utility"] - c["luck"])
         if args.annotator == "human":
             ranking = annotator.ask(choices)
-        else:
-            ranking = sorted(choices, key=lambda c: -args.slope * c["utility"] - c["luck"])
         write_pairs(path, row, ranking, ties=args.annotator == "human")
     return load_pairs(str(path), "train", "--annotator", args)
 
@@ -189,7 +187,7 @@ def write_pairs(path, row, ranking, ties):
 
 
 def load_pairs(path, split, flag, args=None, test=()):
-    """Pairs of a preference set with columns prompt, chosen, rejected: a list for each prompt."""
+    """Pairs of a data set with columns prompt, chosen, rejected: a list for each prompt."""
     ranks.barrier()  # the first rank has written
     groups = {}
     for row in data.load_pairs(path, split, flag, args, test):
@@ -199,6 +197,7 @@ def load_pairs(path, split, flag, args=None, test=()):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -221,11 +220,11 @@ def score(model, tokens, response_mask, args):
     return ranks.reduce(logp), ranks.reduce(entropy)
 
 
+@ranks.forward
 def values(scorer, tokens):
-    """The scalar at each position, [B, T]: a score of all tokens up to and including this one."""
+    """The scalar at each position, [B, T]: a score of the tokens up to and including it."""
     # padding is on the right and no position is searched for: no attention mask, no pooling
-    out = scorer.base_model(tokens, use_cache=False)
-    return models.read_scores(scorer, out.last_hidden_state)
+    return models.read_scores(scorer, scorer.base_model(tokens, use_cache=False).last_hidden_state)
 
 
 @torch.no_grad()
@@ -255,9 +254,8 @@ def before(value, response_mask):
 
 # ---- the method ------------------------------------------------------------------------
 def utility(tokenizer, text, gold):
-    """What the simulated annotator likes: correct, shows working, boxed, short (tiny/preferences)."""
-    working = text.split("\\boxed")[0]
-    numbers = "".join(c if c.isdecimal() else " " for c in working).split()
+    """What the simulated annotator likes: correct, with working, boxed, short."""
+    numbers = "".join(c if c.isdecimal() else " " for c in text.split("\\boxed")[0]).split()
     length = len(tokenizer.encode(text, add_special_tokens=False))
     correct = math_reward([text], [gold])[0]
     return 2 * correct + (len(numbers) > 1) + ("\\boxed" in text) / 2 - max(0, length - 48) / 50
@@ -328,7 +326,7 @@ def pair_loss(scores, z):
 
 
 def join_pairs(tokenizer, pairs, args, device):
-    """tokens and response_mask [P, 2, T] of pairs: the chosen and the rejected response to a prompt."""
+    """tokens and response_mask [P, 2, T] of pairs: chosen and rejected response to a prompt."""
     prompts = tok.encode_prompts(tokenizer, [p["prompt"] for p in pairs], args.prompt_template)
     prompts = [prompt for prompt in prompts for _ in range(2)]
     texts = [pair[key] for pair in pairs for key in ("chosen", "rejected")]
@@ -338,12 +336,12 @@ def join_pairs(tokenizer, pairs, args, device):
 
 
 def fit_reward_model(model, tokenizer, groups, test, out, args):
-    """Stage 2: the initial policy with a scalar head, fitted to the pairs of 9 prompts in 10."""
+    """Stage 2: the initial policy with a scalar head, fitted to pairs of 9 prompts in 10."""
     torch.manual_seed(args.seed)
     reward_model = models.load_scorer(args.model, tokenizer, args, new_head=True)
     held_out = [pair for group in groups[::10] for pair in group]  # by prompt, not by pair
     train = [group for i, group in enumerate(groups) if i % 10]
-    optimizer = ranks.adamw(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.reward_lr, weight_decay=0.0)
     order = []  # of prompts, a batch for each step
     for _ in range(args.reward_epochs):
         order += torch.randperm(len(train)).split(args.batch_size)
@@ -353,14 +351,13 @@ def fit_reward_model(model, tokenizer, groups, test, out, args):
         # all pairs of a prompt are in one batch, because they share completions
         pairs = [pair for i in order[step - 1] for pair in train[i]]
         tokens, mask = join_pairs(tokenizer, pairs, args, model.device)  # [P, 2, T]
-        longer = mask.amax(1)  # a micro-batch holds whole pairs, [P, T]
-        for rows, width in tok.micro_batches(longer, args.micro_batch_tokens // 2, ranks.shard()):
+        # a micro-batch holds whole pairs
+        for rows, width in tok.micro_batches(mask.amax(1), args.micro_batch_tokens // 2, ranks.shard()):
             y = tokens[rows, :, width].flatten(0, 1)  # [2B, width]
             m = mask[rows, :, width].flatten(0, 1)
             scores = at_end(values(reward_model, y), m).view(-1, 2)  # [B, 2]
             pair_loss(scores, len(pairs)).backward()
-        parameters = ranks.reduce_gradients(reward_model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
+        norm = ranks.clip_gradient(reward_model, torch.inf)  # not clipped
         if runs.finite(norm, state):
             optimizer.step()
         torch.clear_autocast_cache()  # bf16 copies of the weights before the update
@@ -381,7 +378,7 @@ def gae(rewards, value, response_mask, lam):
     """Advantages A_t and returns A_t + V_t from rewards and values of tokens; all [N, T]."""
     advantage = torch.zeros_like(rewards)
     next_advantage, next_value = 0.0, 0.0  # nothing follows the last token
-    for t in reversed(range(rewards.shape[1])):  # gamma is 1: a reward counts the same at any time
+    for t in reversed(range(rewards.shape[1])):  # gamma is 1
         delta = rewards[:, t] + next_value - value[:, t]  # [N]
         next_advantage = (delta + lam * next_advantage) * response_mask[:, t]
         next_value = value[:, t] * response_mask[:, t]
@@ -390,7 +387,7 @@ def gae(rewards, value, response_mask, lam):
 
 
 def value_loss(value, old_value, returns, response_mask, inv_z, clip):
-    """Half the squared error to the returns, of V or of V clipped near its old value: the larger."""
+    """Half the squared error to the returns: of V or of V clipped near its old value, the larger."""
     near = old_value + (value - old_value).clamp(-clip, clip)  # as clip(r) for the policy
     error = torch.max((value - returns) ** 2, (near - returns) ** 2)  # [B, T]
     return 0.5 * (error * response_mask * inv_z).sum()
@@ -409,12 +406,10 @@ def evaluate(model, tokenizer, rows, args):
 
 
 def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
-    """On held-out questions: the proxy reward, the gold reward, and the KL from the reference."""
+    """On held-out questions: proxy reward, gold reward, and KL from the reference."""
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     batch = [c for group in rollout(model, tokenizer, rows, args) for c in group]
-    prompts = [c["prompt"] for c in batch]
-    responses = [c["response"] for c in batch]
-    tokens, mask = tok.join(prompts, responses, model.device)
+    tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch], model.device)
     logp, _ = score(model, tokens, mask, args)  # [N, T]
     ref_logp, _ = score(reference, tokens, mask, args)
     scores = at_end(all_values(reward_model, tokens, mask, args), mask)  # [N]
@@ -437,8 +432,8 @@ def agreement(scores, pairs, slope):
         gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
         bounds = [1 / (1 + exp(-slope * abs(gap))) for gap in gaps]
         metrics["pair_accuracy_max"] = sum(bounds) / len(bounds)
-    confidence = (scores[:, 0] - scores[:, 1]).abs().sigmoid()  # [P]
-    tenths = (10 * confidence).int().clamp(max=9)
+    # confidence in tenths, [P]
+    tenths = (10 * (scores[:, 0] - scores[:, 1]).abs().sigmoid()).int().clamp(max=9)
     for n in tenths.unique().tolist():
         agree = scores[tenths == n, 0] > scores[tenths == n, 1]
         print(f"  {len(agree):4} pairs with confidence 0.{n}: accuracy {agree.float().mean():.2f}")
@@ -459,15 +454,14 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args, no_gold=args.annotator == "human")
-    if args.preferences and not args.resume:
-        load_pairs(args.preferences, args.split, "--preferences", args, test)  # refuse early
+    data.check_sources(args, test)  # refuse what cannot be read before sampling, not after it
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     reference, _ = models.load_model(args.model)  # pi_ref, frozen
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
-    optimizer = ranks.adamw(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -521,7 +515,7 @@ def main(args):
         advantage, returns = gae(per_token, old_value, mask, args.lam)
         on = mask.bool()
         # whitened over the whole batch: one group of all its tokens
-        advantage[on] = advantages(advantage[on].view(1, -1), args.advantage)[0]
+        advantage[on] = advantages(advantage[on].view(1, -1), "grpo")[0]
         sampled = time.time()
 
         # train
@@ -534,23 +528,22 @@ def main(args):
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
             rows = minibatch.tolist()
             for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard(), rows):
-                with autocast:  # [B, width]
-                    logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
-                    value = before(values(critic, tokens[micro]), mask[micro])
+                y = tokens[micro]  # [B, width]
+                m = mask[micro]
+                with autocast:
+                    logp, entropy = logprobs(model, y, m, args.temperature)
+                    value = before(values(critic, y), m)
                 # with a single update pi_old is pi, so r = 1
                 old = old_logp[micro] if updates > 1 else logp.detach()
-                A, m, z = advantage[micro], mask[micro], inv_z[micro]
+                A, z = advantage[micro], inv_z[micro]
                 loss, ratio, k3 = policy_loss(logp, old, ref_logp[micro], A, m, z, loss_args)
-                old_v = old_value[micro]
-                loss = loss + value_loss(value, old_v, returns[micro], m, z, args.value_clip)
+                loss += value_loss(value, old_value[micro], returns[micro], m, z, args.value_clip)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])
                 stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
-            parameters = ranks.reduce_gradients(critic.parameters())
-            critic_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # not clipped
-            parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+            critic_norm = ranks.clip_gradient(critic, torch.inf)  # not clipped
+            norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm + critic_norm, state):  # else the update is skipped
                 optimizer.step()
             optimizer.zero_grad()
@@ -572,7 +565,6 @@ def main(args):
             "grad_norm": sum(norms) / updates,
             "response_len": mask.sum() / size,
             "clip_frac": clipped.float().mean(),
-            "value_loss": error.square().mean() / 2,
             "adv_abs": advantage.abs().sum() / mask.sum(),
             "ratio_max": (ratio - 1).abs().max(),
             "truncated_frac": sum(c["truncated"] for c in batch) / size,
@@ -583,6 +575,7 @@ def main(args):
             "tokens_generated": sum(len(c["response"]) for c in batch),
             "seconds_sample": sampled - began,
             "seconds_train": time.time() - sampled,
+            "value_loss": error.square().mean() / 2,
             "utility": sum(c["utility"] for c in batch) / size,
             "kl_response": kl,
             "explained_variance": 1 - error.var() / returns[on].var(),

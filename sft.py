@@ -116,6 +116,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
 
 # ---- log-probabilities -----------------------------------------------------------------
+@ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
     """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
     # no attention mask: padding is on the right, where causal attention never looks
@@ -174,7 +175,7 @@ def main(args):
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
-    optimizer = ranks.adamw(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     if args.resume:
@@ -204,18 +205,19 @@ def main(args):
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
 
         # train
+        z = mask.sum()  # response tokens of the global batch
         losses = []
         entropies = []
         for micro in tok.micro_batches(mask, args.micro_batch_tokens, ranks.shard()):
-            with autocast:  # [B, width]
-                logp, entropy = logprobs(model, tokens[micro], mask[micro], args.temperature)
+            y = tokens[micro]  # [B, width]
             m = mask[micro]
-            loss = sft_loss(logp, m, mask.sum())
+            with autocast:
+                logp, entropy = logprobs(model, y, m, args.temperature)
+            loss = sft_loss(logp, m, z)
             loss.backward()
             losses.append(loss.item())
             entropies.append(entropy.detach()[m.bool()].cpu())  # [tokens]
-        parameters = ranks.reduce_gradients(model.parameters())  # summed, as Z is global
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
         if runs.finite(norm, state):  # else the update is skipped
             optimizer.step()
         optimizer.zero_grad()

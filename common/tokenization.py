@@ -120,20 +120,26 @@ def micro_batches(response_mask, max_tokens, shard=(0, 1), rows=None):
     go together, so there is little padding, and `width` ends at the last response token of the longest row.
     A row longer than `max_tokens` is a micro-batch of its own; a row without response tokens is left out.
     `rows` are the row numbers to split, by default all. `shard` is (rank, world size): each rank takes every
-    n-th row, so that all ranks have the same mix of lengths. Every script divides by a normaliser of the
-    global batch, so how the batch is split never changes a gradient.
+    n-th row, so that all ranks have the same mix of lengths. All get equally many micro-batches, because a
+    forward pass is one of all ranks together; the last ones of a rank may be empty. Every script divides by
+    a normaliser of the global batch, so how the batch is split never changes a gradient.
     """
     rank, world_size = shard
     index = torch.arange(1, response_mask.shape[1] + 1, device=response_mask.device)
     end = (response_mask * index).amax(1).tolist()  # of each row: its last response token + 1
     rows = range(len(end)) if rows is None else rows
     longest_first = sorted((i for i in rows if end[i]), key=lambda i: -end[i])
-    batches = []
-    for i in longest_first[rank::world_size]:
-        if not batches or end[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])  # its first row is its longest, which sets the width
-        batches[-1].append(i)
-    return [(batch, slice(end[batch[0]])) for batch in batches]
+    dealt = []  # to each rank
+    for first in range(world_size):
+        batches = []
+        for i in longest_first[first::world_size]:
+            if not batches or end[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
+                batches.append([])  # its first row is its longest, which sets the width
+            batches[-1].append(i)
+        dealt.append(batches)
+    mine = [(batch, slice(end[batch[0]])) for batch in dealt[rank]]
+    missing = max(map(len, dealt)) - len(mine)
+    return mine + [([], slice(1))] * missing
 
 
 # ---- ids -> text, inside of a recorded step --------------------------------------------------------------

@@ -17,6 +17,7 @@ import grpo
 import rlhf_ppo as ppo
 from common.plumbing import annotator, models, runs
 from common.plumbing.flags import BadInput
+from common.plumbing.weights import read_state
 from tiny import make_tiny
 
 # ---- values of tokens ------------------------------------------------------------------------------------
@@ -529,7 +530,7 @@ def test_the_policy_starts_as_the_reference_and_changes(whole):
 
 
 def test_every_weight_of_the_critic_learns(whole):
-    critic = torch.load(whole / "checkpoint-000004/state.pt", weights_only=True)["critic"]
+    critic = read_state(whole / "checkpoint-000004")["critic"]
     initial = AutoModelForTokenClassification.from_pretrained(whole / "reward_model").state_dict()
     assert critic.keys() == initial.keys()
     assert not [k for k in initial if torch.equal(initial[k], critic[k])]

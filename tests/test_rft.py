@@ -10,6 +10,7 @@ import rft_rejection as rft
 import sft
 from common.plumbing import models, runs
 from common.plumbing.flags import BadInput
+from common.plumbing.weights import read_state
 
 FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
 
@@ -249,7 +250,7 @@ def test_the_weights_that_the_second_round_starts_from(train, tmp_path, restart,
     interrupt(train, run, 4, monkeypatch, "--restart", restart)
     after, before = weights(run / "checkpoint-000003"), weights(ROOT / "tiny/model")
     assert all(torch.equal(after[k], before[k]) for k in before) is (restart == "base")
-    state = torch.load(run / "checkpoint-000003" / "state.pt", weights_only=True)
+    state = read_state(run / "checkpoint-000003")
     assert bool(state["optimizer"]["state"]) is (restart == "continue")
 
 

@@ -24,16 +24,17 @@ ARROWS = {  # module -> the modules that it imports, all of which stand above it
     "plumbing.heads": "plumbing.flags",
     "plumbing.configs": "tokenization plumbing.flags",
     "plumbing.memory": "plumbing.flags plumbing.ranks plumbing.configs",
-    "plumbing.models": "plumbing.flags plumbing.configs plumbing.heads",
+    "plumbing.models": "plumbing.flags plumbing.ranks plumbing.configs plumbing.heads",
     "plumbing.examples": "tokenization plumbing.flags plumbing.configs",
     "plumbing.tables": "plumbing.flags plumbing.columns plumbing.examples",
     "plumbing.data": "tokenization verifier plumbing.flags plumbing.ranks plumbing.columns"
     " plumbing.configs plumbing.examples plumbing.tables",
     "plumbing.recording": "",
     "plumbing.decoding": "tokenization plumbing.ranks plumbing.models plumbing.recording",
-    "plumbing.folders": "plumbing.flags",
+    "plumbing.weights": "plumbing.ranks",
+    "plumbing.folders": "plumbing.flags plumbing.weights",
     "plumbing.runs": "plumbing.flags plumbing.ranks plumbing.screen plumbing.configs plumbing.memory"
-    " plumbing.models plumbing.decoding plumbing.folders",
+    " plumbing.models plumbing.decoding plumbing.weights plumbing.folders",
     "plumbing.evaluation": "tokenization verifier plumbing.flags",
     "plumbing.annotator": "plumbing.flags plumbing.ranks",
 }

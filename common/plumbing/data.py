@@ -29,6 +29,14 @@ def load_samples(out):
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
+def check_sources(args, test):
+    """Read what rlhf_ppo.py reads later, so that it is refused before anything is sampled."""
+    if args.preferences and not args.resume:
+        load_pairs(args.preferences, args.split, "--preferences", args, test)
+    if args.reward_model and not args.resume:
+        configs.read_folder(AutoConfig, args.reward_model, "--reward-model")
+
+
 def check_lengths(rows, name, args, demonstrations=False):
     """Each prompt and its response must fit into the positions of the model.
 

@@ -8,8 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
+from common.plumbing import weights
 from common.plumbing.flags import BadInput, demand, one_line
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -118,14 +117,13 @@ def checkpoints(folder):
 
 def load_state(folder, args):
     """What a checkpoint has beside the model. The arguments must be those of the first run."""
-    try:
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    except Exception as error:
-        reason = type(error).__name__  # torch's own text advises executing what is in the file
-        damaged = f"{folder}/state.pt is damaged or contains more than tensors and numbers"
-        raise BadInput(f"--resume: {damaged} ({reason}); start without --resume.") from None
-    is_current = "written" in state
+    is_current = not (folder / "state.pt").exists()
     demand(is_current, f"--resume: {folder} is from an older version; start without --resume.")
+    try:
+        state = weights.read_state(folder)
+    except Exception as error:
+        damaged = f"state.json or a state*.safetensors in {folder} is damaged or missing"
+        raise BadInput(f"--resume: {damaged} ({one_line(error)}); start without --resume.") from None
     same_arguments(state["args"], args)
     return state
 

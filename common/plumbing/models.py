@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from common.plumbing import ranks
 from common.plumbing.configs import (
     cannot_load,
     demand_eos,
@@ -81,7 +82,9 @@ def at_head(model, temperature):
 
 
 def check_same_shapes(model, base):
-    """--base must have the architecture of --model; both are folders or hub names."""
+    """--base, if it is given, must have the architecture of --model; both are folders or hub names."""
+    if not base:
+        return
     shapes = []
     for flag, source in (("--model", model), ("--base", base)):
         config = read_folder(AutoConfig, source, flag)
@@ -96,14 +99,20 @@ def check_same_shapes(model, base):
 
 
 def placed(model, recompute):
-    """The model on the GPU if there is one, in eval(), which switches dropout off."""
+    """The model on the GPU if there is one, divided among several, in eval(): without dropout."""
     model.base_model.register_forward_pre_hook(check_positions, with_kwargs=True)
     if recompute:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = partial(recomputed, layer.forward)
+    model = model.eval()
+    if ranks.shard()[1] > 1:
+        empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
+        COPIES[model] = deepcopy(model, empty)  # for `sampler`, while layers have no hooks yet
+        model.register_forward_pre_hook(release)
+        model = ranks.sharded(model)  # layer after layer: a GPU need not hold the whole
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def recomputed(forward, *args, **kwargs):
@@ -146,30 +155,41 @@ CAST = (nn.Linear, Conv1D)  # autocast runs these in bf16, weights and biases
 
 @torch.no_grad()
 def sampler(model):
-    """What samples in the place of `model`: under autocast a copy with bf16 linear layers, else the model.
+    """What samples in the place of `model`: a copy under autocast or of a sharded model, else the model.
 
     Autocast casts the weights of linear layers whenever they are used. The copy has them cast, at addresses
     that a recorded step can rely on; everything else it shares with the model. Its logits are those of
-    autocast, bit for bit. They are refreshed here, in place, so the copy is never behind an optimizer step.
+    autocast, bit for bit. Of a sharded model each rank fills a whole copy: sampling has a pass for every
+    token, and ranks sample unequally long. Refreshed here, in place, it is never behind an optimizer step.
     """
-    device = model.device.type
-    if not torch.is_autocast_enabled(device):
+    device = model.device
+    casts, low = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    if not casts and not ranks.is_sharded(model):
         return model
-    dtype = torch.get_autocast_dtype(device)
     if model not in COPIES:
-        shared = {id(x): x for x in [*model.parameters(), *model.buffers()]}
-        copy = deepcopy(model, shared)
-        for layer in copy.modules():
-            if isinstance(layer, CAST):  # a tied head parts from the embedding, which stays fp32
-                for name, weight in list(layer.named_parameters(recurse=False)):
-                    cast = torch.empty_like(weight, dtype=dtype)
-                    setattr(layer, name, nn.Parameter(cast, requires_grad=False))
-        COPIES[model] = copy
-    for layer, source in zip(COPIES[model].modules(), model.modules()):
-        if isinstance(layer, CAST):
-            for weight, original in zip(layer.parameters(recurse=False), source.parameters(recurse=False)):
-                weight.copy_(original)
-    return COPIES[model]
+        COPIES[model] = deepcopy(model, {id(p): p for p in model.parameters()})
+    copy = COPIES[model]
+    for layer, source in zip(copy.modules(), model.modules()):
+        for name, buffer in source.named_buffers(recurse=False):
+            setattr(layer, name, buffer)
+        for name, original in source.named_parameters(recurse=False):
+            dtype = low if casts and isinstance(layer, CAST) else original.dtype
+            weight = getattr(layer, name)
+            if weight.is_meta or weight.dtype != dtype:
+                # a tied head parts from the embedding, which stays fp32
+                weight = torch.empty(original.shape, dtype=dtype, device=device)
+                setattr(layer, name, nn.Parameter(weight, requires_grad=False))
+            if weight is not original:
+                weight.copy_(ranks.whole(original))
+    return copy
+
+
+def release(model, inputs):
+    """Before a sharded model computes, its copy gives back its memory. `sampler` fills it anew."""
+    for layer in COPIES[model].modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if not weight.is_meta:
+                setattr(layer, name, nn.Parameter(weight.to("meta"), requires_grad=False))
 
 
 # ---- reward models and critics ---------------------------------------------------------------------------

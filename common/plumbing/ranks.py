@@ -1,21 +1,28 @@
 """Ranks: what torchrun starts, what is divided among them, and what is summed or gathered over them.
 
 Under `torchrun` every process runs the whole script on the same data, in the same order and
-with the same random numbers. Only three things are divided: sampling (`decoding.batches`),
-scoring and training (`tok.micro_batches`). Their results are combined again at once
-(`reduce`, `gather`). So everything else, that is rewards, advantages, normalisers and
-metrics, is computed from the whole batch and is equal on all ranks.
+with the same random numbers. The work of three things is divided: sampling
+(`decoding.batches`), scoring and training (`tok.micro_batches`). Their results are combined
+again at once (`reduce`, `gather`). So everything else, that is rewards, advantages,
+normalisers and metrics, is computed from the whole batch and is equal on all ranks.
+
+Divided, too, are the weights, and with them gradients and Adam's moments (`sharded`). In one
+process nothing is: models are those of transformers, and every function here is the identity.
 """
 
 import atexit
-import io
 import os
 import sys
 from datetime import timedelta
+from functools import cache, wraps
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer, zero_redundancy_optimizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map_only
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ---- rank and world size ---------------------------------------------------------------------------------
 
@@ -83,52 +90,104 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
-def reduce_gradients(parameters):
-    """The parameters, each with the sum of its gradient over the ranks. Some ranks may have had no row.
+# ---- weights that are divided ----------------------------------------------------------------------------
 
-    Where no rank has a gradient there is still none: an optimizer would take a zero for one.
+
+@cache
+def mesh():
+    """All ranks in one dimension, along which weights are divided."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return init_device_mesh(kind, (shard()[1],))
+
+
+def is_sharded(model):
+    """Whether each rank has only a part of every weight."""
+    return isinstance(model, FSDPModule)
+
+
+def sharded(model):
+    """Under torchrun each rank keeps its rows of every weight, gradient and moment (FSDP2, ZeRO stage 3).
+
+    The weights of a layer are gathered for as long as it computes. Embedding, last norm and
+    head are gathered together for the whole pass, so what is tied stays tied.
     """
-    parameters = list(parameters)
     if shard()[1] == 1:
-        return parameters
-    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters])
-    count = reduce(has_gradient).tolist()  # of ranks, for each parameter
-    for p, ranks_with_gradient in zip(parameters, count):
-        if ranks_with_gradient:
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = reduce(gradient)
-    return parameters
+        return model
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for part in [*layers, model]:
+        # also of the whole model: what is gathered for longer would hide a direct write to its weights
+        fully_shard(part, mesh=mesh(), reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)  # sums, not means: Z is that of the global batch
+        part.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
+    model.forward = apply
+    # cached bf16 copies of weights would outlive the gathered weights
+    torch.set_autocast_cache_enabled(False)
+    return model
 
 
-def adamw(parameters, **settings):
-    """torch's AdamW. Under torchrun each rank keeps the moments of its part of the parameters (ZeRO 1)."""
-    if shard()[1] > 1:
-        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(parameters, **settings)
+def apply(function, model, *args):
+    """What the forward pass of a sharded model is: a function that sees all of its weights."""
+    return function(model, *args)
 
 
-def broadcast_object(item, src_rank, group, device):
-    """Send an object from one rank to all: ZeRO's state, for a checkpoint.
+def forward(function):
+    """A decorator: `function(model, tokens, ...)` is a forward pass and sees the whole weights of a model.
 
-    torch's own function turns bytes into a tensor one by one, which takes minutes for a
-    gigabyte of moments.
+    Every pass of one rank is a pass of all ranks. A rank without rows takes part with a token
+    of which nothing is returned: its loss is 0, and so is its gradient.
     """
-    is_source = dist.get_rank() == src_rank
-    length = 0
-    if is_source:
-        buffer = io.BytesIO()
-        torch.save(item, buffer)
-        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).to(device)
-        length = len(data)
-    size = torch.tensor([length], device=device)
-    dist.broadcast(size, src_rank, group)
-    if not is_source:
-        data = torch.empty(int(size), dtype=torch.uint8, device=device)
-    for part in data.split(2**30):
-        dist.broadcast(part, src_rank, group)
-    if is_source:
-        return item
-    return torch.load(io.BytesIO(data.cpu().numpy()), weights_only=True, map_location="cpu")
+
+    @wraps(function)
+    def call(model, tokens, *args):
+        if not is_sharded(model):
+            return function(model, tokens, *args)
+        if len(tokens):
+            return model(function, model, tokens, *args)
+        args = tree_map_only(torch.Tensor, lambda x: x.new_zeros(1, 1), args)
+        outputs = model(function, model, tokens.new_zeros(1, 1), *args)
+        return tree_map_only(torch.Tensor, lambda x: x[:0], outputs)
+
+    return call
 
 
-zero_redundancy_optimizer._broadcast_object = broadcast_object
+def clip_gradient(model, max_norm):
+    """Scale the gradient down to a norm of at most `max_norm`. Returns the norm before, a number.
+
+    Gradients are sums over micro-batches and ranks, because Z is that of the global batch.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return whole(norm).item()
+
+
+# ---- a part and the whole --------------------------------------------------------------------------------
+
+
+def is_divided(x):
+    """Whether each rank has some rows of this tensor."""
+    return isinstance(x, DTensor)
+
+
+def whole(x):
+    """A divided tensor gathered on all ranks; any other as it is."""
+    return x.full_tensor() if is_divided(x) else x
+
+
+def part(x):
+    """This rank's rows of a divided tensor; any other as it is."""
+    return x.to_local() if is_divided(x) else x
+
+
+def rows(count):
+    """(first, last + 1): which rows of a divided tensor this rank has, of `count`."""
+    rank, world_size = shard()
+    size = -(-count // world_size)  # as torch.chunk: the last ranks may have fewer, or none
+    return min(rank * size, count), min((rank + 1) * size, count)
+
+
+def divided(x, shape):
+    """A tensor of this shape of which this rank has the rows `x`; in one process `x` itself."""
+    if shard()[1] == 1:
+        return x
+    stride = torch.empty(shape, device="meta").stride()
+    shape = torch.Size(shape)
+    return DTensor.from_local(x, mesh(), [Shard(0)], run_check=False, shape=shape, stride=stride)

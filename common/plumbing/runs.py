@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.plumbing import configs, decoding, folders, memory, models, ranks
+from common.plumbing import configs, decoding, folders, memory, models, ranks, weights
 from common.plumbing.flags import BadInput, demand, one_line
 from common.plumbing.screen import peak_memory, show, speed
 
@@ -64,22 +64,23 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
     It is written under another name and renamed when complete. So under its own name it is
     complete or absent, and a run that is killed at any moment leaves its last checkpoint.
     """
-    if optimizer and ranks.shard()[1] > 1:
-        optimizer.consolidate_state_dict()  # the moments of all ranks, on the first
+    half = folder.with_name(folder.name + ".half")
+    old = folder.with_name(folder.name + ".old")
     if ranks.is_first():
-        half = folder.with_name(folder.name + ".half")
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
-        try:
-            model.save_pretrained(half)
-            tokenizer.save_pretrained(half)
-            if optimizer:
-                written = {name: (folder.parent / name).stat().st_size for name in folders.LOGS}
-                state = state | {"optimizer": optimizer.state_dict(), "written": written}
-                torch.save(state, half / "state.pt")
-        except Exception as error:  # no space left, in the words of three libraries
-            shutil.rmtree(half, ignore_errors=True)
-            raise folders.unwritable(folder, error) from None
+    try:
+        if ranks.is_first():
+            half.mkdir(parents=True)
+        ranks.barrier()
+        weights.write_model(half, model, tokenizer)
+        if optimizer:
+            written = {name: (folder.parent / name).stat().st_size for name in folders.LOGS}
+            weights.write_state(half, state | {"optimizer": optimizer.state_dict(), "written": written})
+    except Exception as error:  # no space left, in the words of three libraries
+        shutil.rmtree(half, ignore_errors=True)
+        raise folders.unwritable(folder, error) from None
+    ranks.barrier()  # all ranks have written
+    if ranks.is_first():
         if folder.exists():
             folder.rename(old)
         half.rename(folder)
