@@ -77,7 +77,7 @@ def check_model(model, tokenizer, missing, name):
 
 
 def at_head(model, temperature):
-    """The temperature by which hidden states times weights are divided: scaled logits have one of their own."""
+    """What hidden states times weights are divided by: scaled logits have a temperature of their own."""
     return temperature * getattr(model, "logit_divisor", 1.0)
 
 
