@@ -694,7 +694,6 @@ def test_logits_that_are_scaled_by_more_than_a_factor_are_refused_by_name():
 def test_sampling_keeps_within_the_memory_that_is_free(tiny, monkeypatch, capsys):
     """Cache: 2 x 4 layers x 4 heads x 32 x 4 bytes a token. Fewer rows give the same responses in parts."""
     model, tokenizer = tiny
-    model.logit_divisor = 1.0
     args = grpo.parse_args(["--max-new-tokens", "100", "--sample-rows", "512"])
     need = memory.row_bytes(model, 100, 100)
     assert 200 * 4096 < need < 3 * 200 * 4096
@@ -746,7 +745,6 @@ def test_the_limit_of_a_container_counts(tmp_path):
 def judged(load, tiny, monkeypatch):
     """judged(*flags): what `evaluate` of the tiny model returns on a few questions."""
     model, tokenizer = tiny
-    model.logit_divisor = 1.0
 
     def go(*more):
         args = sft.parse_args(["--eval-samples", "1", *more])

@@ -179,6 +179,7 @@ def test_samples_that_equal_the_demonstrations_are_sft(train, plain, tmp_path, m
 
 def test_a_run(whole):
     lines, samples = read_jsonl(whole / "metrics.jsonl"), read_jsonl(whole / "samples.jsonl")
+    samples = [s for s in samples if s.get("kind") != "evaluation"]
     rounds = [x for x in lines if "kept" in x]
     assert [x["step"] for x in rounds] == [0, 3]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
@@ -236,7 +237,7 @@ def test_each_round_trains_on_its_own_kept_samples(train, tmp_path, monkeypatch)
     trained, encode = [], tok.encode_response
     monkeypatch.setattr(tok, "encode_response", lambda t, text: trained.append(text) or encode(t, text))
     run = train(tmp_path / "run", "--batch-size", 16, "--steps", 3)
-    samples = read_jsonl(run / "samples.jsonl")
+    samples = [s for s in read_jsonl(run / "samples.jsonl") if s.get("kind") != "evaluation"]
     for begin in (0, 3):
         mine = [s["solution"] for s in samples if s["step"] == begin and s["kept"]]
         seen, trained = trained[: 3 * 16], trained[3 * 16 :]

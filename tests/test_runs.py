@@ -28,6 +28,7 @@ GROUPS = ["grpo", "prefix_rft"]
 def test_a_run_leaves_its_files(name, runs):
     out, stdout = runs[name]
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "args.json",
         "metrics.jsonl",
         "samples.jsonl",
@@ -63,7 +64,9 @@ def test_the_final_folder_is_an_ordinary_model(name, runs):
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_samples_are_texts_with_their_verdicts(name, runs):
-    lines = read_jsonl(runs[name][0] / "samples.jsonl")
+    every = read_jsonl(runs[name][0] / "samples.jsonl")
+    lines = [line for line in every if line.get("kind") != "evaluation"]
+    assert {line["step"] for line in every if line not in lines} == {0, 4}
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
     for line in lines:
         assert isinstance(line["text"], str) and line["gold"] and line["question"]
@@ -82,6 +85,7 @@ def test_prefixes_are_beginnings_of_demonstrations(runs, data):
     """The first completion of a group starts with its demonstration; the second is on-policy."""
     rows = {row["question"]: row["solution"] for row in read_jsonl(f"{data}/train.jsonl")}
     lines = read_jsonl(runs["prefix_rft"][0] / "samples.jsonl")
+    lines = [line for line in lines if line.get("kind") != "evaluation"]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/model")
     for hybrid, other in zip(lines[::2], lines[1::2]):
         assert hybrid["question"] == other["question"]
@@ -224,11 +228,11 @@ def test_flags_of_grpo(flags, run, tmp_path):
         "--prefix-schedule full --prefix-loss all --prefix-weight luffy --clip-high 0.3",
         "--prefix-schedule uniform --prefix-loss random --prefix-weight sft",
         "--prefix-loss none --demo-fraction 0.5 --dynamic-sampling 1 --kl-coef 0.1",
-        "--prefix-loss bottom --prefix-entropy-keep 0.5 --epochs-per-batch 2 --max-new-tokens 8",
+        "--prefix-loss bottom --prefix-entropy-keep 0.5 --epochs-per-batch 2 --max-new-tokens 48",
     ],
 )
 def test_flags_of_prefix_rft(flags, run, tmp_path):
-    """Variants of the method; budgets shorter than the prefix; questions without a demonstration."""
+    """Variants of the method; questions without a demonstration."""
     out = run("prefix_rft", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK)
     lines = read_jsonl(out / "metrics.jsonl")[1:]
     for line in lines:
@@ -263,18 +267,23 @@ def test_a_jsonl_file_of_your_own(name, kind, run, tmp_path, capsys):
         name, tmp_path / "run", "--data", path, *keys.split(), "--steps", 2, *QUICK, "--eval-questions", 9
     )
     printed = capsys.readouterr().out
-    assert "every tenth row" in printed and "2 questions, 2 with a gold answer that parses" in printed
+    assert (
+        "a tenth of the questions" in printed and "2 questions, 2 with a gold answer that parses" in printed
+    )
     assert name == "sft" or "18 questions, 18 with a gold answer that parses" in printed
-    held_out = {row.get("question", row.get("problem")) for row in rows[::10]}
-    for line in read_jsonl(out / "samples.jsonl"):
-        assert line["question"] not in held_out and line["gold"].isdigit()
+    lines = read_jsonl(out / "samples.jsonl")
+    held_out = {line["question"] for line in lines if line.get("kind") == "evaluation"}
+    assert len(held_out) == 2
+    for line in lines:
+        trained = line.get("kind") != "evaluation"
+        assert (line["question"] not in held_out) == trained and line["gold"].isdigit()
 
 
 def test_a_split_that_is_trained_on_is_not_held_out(data, capsys):
     """If `test` is the only split and is trained on, a tenth of it is held out."""
     args = sft.parse_args(["--data", str(data), "--split", "test", "--max-new-tokens", "20"])
     train, test = plumbing_data.load_splits(args, demonstrations=True)
-    assert "every tenth row of test" in capsys.readouterr().out
+    assert "a tenth of the questions of test" in capsys.readouterr().out
     assert len(train) and len(test) and not {*train["question"]} & {*test["question"]}
 
 

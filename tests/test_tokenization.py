@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common.tokenization as tok
 import sft
+from common.plumbing import columns as plumbing_columns
 from common.plumbing import data as plumbing_data
 from common.plumbing import decoding
 
@@ -215,19 +216,23 @@ def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
         seen.append(given)
         return rows
 
-    monkeypatch.setattr(plumbing_data, "get_dataset_split_names", get_names)
-    monkeypatch.setattr(plumbing_data, "load_dataset", load)
+    monkeypatch.setattr(plumbing_columns, "get_dataset_split_names", get_names)
+    monkeypatch.setattr(plumbing_columns, "load_dataset", load)
     folder = tmp_path / "a:b"
     folder.mkdir()
-    for path in ("openai/gsm8k:main", "owner/name", str(folder)):
-        plumbing_data.load_split(path, "train", {})
+    (folder / "train.jsonl").write_text('{"question": "2 + 2?"}\n')
+    for path, question in (
+        ("openai/gsm8k:main", "1 + 1?"),
+        ("owner/name", "1 + 1?"),
+        (str(folder), "2 + 2?"),
+    ):
+        assert plumbing_data.load_split(path, "train", {})["question"][:] == [question]
     assert seen == [
         ("openai/gsm8k", "main"),
         {"path": "openai/gsm8k", "name": "main", "split": "train"},
         ("owner/name",),
         {"path": "owner/name", "split": "train"},
-        (str(folder),),
-        {"path": str(folder), "split": "train"},
+        (str(folder),),  # its file is read here
     ]
 
 

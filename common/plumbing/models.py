@@ -76,6 +76,11 @@ def check_model(model, tokenizer, missing, name):
     write_stop_ids(model, tokenizer)
 
 
+def at_head(model, temperature):
+    """What hidden states times weights are divided by: scaled logits have a temperature of their own."""
+    return temperature * getattr(model, "logit_divisor", 1.0)
+
+
 def check_same_shapes(model, base):
     """--base, if it is given, must have the architecture of --model; both are folders or hub names."""
     if not base:
