@@ -131,6 +131,7 @@ def gpu(script):
             patch.setattr(room, name, without_labels(getattr(room, name)))
         for pace in (decoding.LOOK, decoding.COLUMNS, decoding.LEAVE):
             patch.setitem(pace, "cuda", pace["cpu"])  # rows leave at the same step: the same draws
+        patch.setitem(decoding.RECORD, "cuda", False)  # there is nothing to record
         yield
 
 

@@ -505,7 +505,8 @@ def whole(train, tmp_path_factory):
 
 
 def test_a_run_leaves_its_files_and_metrics(whole):
-    names = "args.json metrics.jsonl samples.jsonl checkpoint-000004 final preferences.jsonl reward_model"
+    names = ".lock args.json metrics.jsonl samples.jsonl checkpoint-000004 final preferences.jsonl"
+    names += " reward_model"
     assert {path.name for path in whole.iterdir()} == set(names.split())
     lines = read_jsonl(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4]
@@ -791,7 +792,7 @@ def test_three_completions_of_a_question_give_up_to_three_pairs(train, tmp_path)
     "flags",
     [
         "--dtype bf16 --temperature 0.8 --max-new-tokens 8",
-        "--minibatches 2 --loss-norm sequence --advantage dr_grpo",
+        "--minibatches 2 --loss-norm sequence",
     ],
 )
 def test_flags(flags, train, tmp_path):

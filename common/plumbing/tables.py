@@ -99,6 +99,10 @@ def load_pairs(path, split, flag, args=None, held_out=()):
     Without a column prompt it is the user's message in `chosen`. Pairs about the questions of
     the rows `held_out` are left out, and with `args` those that do not differ.
     """
+    nothing = "all completions of a question are truncated, the same or equally good"
+    remedy = "raise --max-new-tokens or --group-size"
+    found = flag != "--annotator" or os.path.getsize(path) > 0
+    demand(found, f"--annotator: there is nothing to choose, because {nothing}; {remedy}.")
     utilities = ("utility_chosen", "utility_rejected")
     cells, names = cells_of(path, split, flag, ("prompt", "chosen", "rejected", *utilities))
     name, rows = f"{path}, {split}", {}
