@@ -611,8 +611,18 @@ def test_a_run_is_continued_on_the_rows_that_it_began_with(load, tmp_path):
     with pytest.raises(BadInput, match="--resume: the rows of --data or --eval-data have changed"):
         folders.same_arguments(first, args)
     args.lr = 1.0
-    with pytest.raises(BadInput, match="--resume: --lr differ"):
+    with pytest.raises(BadInput, match="--resume: lr differ"):
         folders.same_arguments(first, args)
+
+
+def test_a_run_is_continued_without_its_first_model(tmp_path):
+    """A checkpoint has all of it; --model may be gone."""
+    shutil.copytree(TINY, tmp_path / "checkpoint-000001")
+    args = sft.parse_args(["--model", str(tmp_path / "gone"), "--output-dir", str(tmp_path), "--resume"])
+    assert configs.load_tokenizer(args).eos_token_id == 0 and configs.load_config(args).vocab_size == 479
+    args.resume = False
+    with pytest.raises(BadInput, match="--model .*gone cannot be loaded"):
+        configs.load_config(args)
 
 
 def test_configurations_are_named(load, refused, tmp_path):
@@ -815,9 +825,8 @@ def test_a_real_model_does_not_get_the_tiny_worlds_learning_rate(script, tmp_pat
     given = script.parse_args(["--lr", f"{tiny:g}"])
     flags.settle_rates(given, is_small=False)
     assert given.lr == tiny
-    assert configs.is_small(TINY)
-    AutoConfig.from_pretrained(TINY, hidden_size=576).save_pretrained(tmp_path)
-    assert not configs.is_small(tmp_path)
+    assert configs.is_small(AutoConfig.from_pretrained(TINY))
+    assert not configs.is_small(AutoConfig.from_pretrained(TINY, hidden_size=576))
 
 
 def test_without_a_chat_template_prompts_are_plain(tmp_path, monkeypatch):

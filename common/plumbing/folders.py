@@ -136,8 +136,8 @@ def same_arguments(first, args):
     changed = [name for name in names if first[name] != getattr(args, name)]
     sentence = "the rows of --data or --eval-data have changed since the first run; start without --resume."
     demand(changed != ["fingerprint"], f"--resume: {sentence}")
-    flags = ", ".join("--" + name.replace("_", "-") for name in changed if name != "fingerprint")
-    demand(not changed, f"--resume: {flags} differ from the first run; give the same arguments.")
+    names = ", ".join(name for name in changed if name != "fingerprint")
+    demand(not changed, f"--resume: {names} differ from the first run; give the same arguments.")
 
 
 def unwritable(path, error):
