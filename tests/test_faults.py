@@ -423,7 +423,7 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--base nowhere/at-all": ("--base nowhere/at-all cannot be loaded", ("rft_rejection",)),
     "--base {wide}": ("its weights have other shapes than those of --model", ("rft_rejection",)),
     "--pairs nowhere/at-all": ("--pairs nowhere/at-all: no data file", ("dpo",)),
-    "--pairs {one}": (f"column prompt: prompt: {NO_COLUMN}", ("dpo",)),
+    "--pairs {one}": (f"column chosen: {NO_COLUMN}", ("dpo",)),
     "--preferences nowhere/at-all": ("--preferences nowhere/at-all: no data file", ("rlhf_ppo",)),
     "--reward-model nowhere/at-all": ("--reward-model nowhere/at-all cannot be loaded", ("rlhf_ppo",)),
     "--resume": "--resume: there is no checkpoint in ",
@@ -454,7 +454,7 @@ def files(tmp_path_factory, data):
         "number": [good | {"question": 7}] * 12,
         "no_demo": [good, good | {"solution": ""}, good],
         "number_demo": [good | {"solution": 7}] * 12,
-        "golds": [good | {"answer": ""}] * 12,
+        "golds": [good | {"question": f"{i}?", "answer": ""} for i in range(12)],
         "long": [good, good | {"question": "word " * 3000}] * 6,
         "long_demo": [good, good | {"solution": "word " * 3000}] * 6,
     }

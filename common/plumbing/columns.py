@@ -20,6 +20,7 @@ datasets.disable_progress_bars()  # there is one bar, the script's
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # BadInput reports an error, once
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
+Number = type("Number", (str,), {})  # text that is a number in the file
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # of a file's first bytes
 
 # ---- splits ----------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def read_json(path, wanted):
 
 def json_rows(path, wanted):
     """(where it is, object) for each row."""
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    decoder = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number)
     with open(path, encoding=encoding(path), errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
         try:
@@ -211,7 +212,7 @@ def plain(cell):
         return [plain(value) for value in cell]
     if isinstance(cell, float) and isnan(cell):
         return None
-    return str(cell)
+    return Number(cell)
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
