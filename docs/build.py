@@ -35,6 +35,11 @@ COLOURS = [
 COLOURS += [(Token.Literal.Number, "d"), (Token.Name.Function, "f")]
 
 
+# Commands of the README's equation, as text.
+TEX = {r"\frac{1}{Z}": "1/Z", r"\nabla ": "∇", r"\sum": "Σ", r"\cdot": "·", r"\log ": " log "}
+TEX |= {r"\pi": "π", r"\mid": "|", r"\lt ": "<"}
+
+
 # ---- text ------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +382,12 @@ def zoo_page():
 def one_equation():
     """The equation of the README and its table, a row a script."""
     section = (ROOT / "README.md").read_text().split("## The one equation\n")[1].split("\n## ")[0]
-    equation = re.search(r"^    (.+?)    ", section, re.M)[1]
+    equation = re.search(r"^\$\$(.+?)\$\$", section, re.M | re.S)[1]
+    for command, text in TEX.items():
+        equation = equation.replace(command, text)
+    equation = re.sub(r"\\mathrm\{(\w+)\}", r"\1", equation)
+    if "\\" in equation:
+        raise ValueError(f"README.md: the pages do not know a command of the equation: {equation}")
     rows = [row[1:-1].split("|") for row in section.split("\n") if row.startswith("| ")]
     cells = ["".join(f"<td>{prose(cell.strip())}</td>" for cell in row) for row in rows]
     table = "".join(f"<tr>{row}</tr>" for row in cells)

@@ -708,7 +708,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"], choices=["0.5B", "1.5B", "7B"])
     parser.add_argument("--how", nargs="+", default=["plain", "recomputed"], choices=["plain", "recomputed"])
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--write", action="store_true", help="write the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--compare", nargs=3, metavar=("MODEL", "ROWS", "TURNS"), help="tiny or 135M")

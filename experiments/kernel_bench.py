@@ -1,6 +1,6 @@
 """What common/logprob.py costs: time, memory and error of the log-probabilities, forward and backward.
 
-    python experiments/kernel_bench.py                   the table of the README, one CPU thread (or the GPU)
+    python experiments/kernel_bench.py                   the table of docs/kernel.md, one CPU thread (or GPU)
     python experiments/kernel_bench.py --peers           and Liger, TRL, cut-cross-entropy where installed
     python experiments/kernel_bench.py --cases small     a few minutes instead of half an hour
 

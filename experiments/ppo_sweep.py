@@ -146,13 +146,13 @@ def report(seeds, write):
         for name in [cell if CELLS[cell] else f"best of {point}"]
     }
     rows = {name: row_of(done) for name, done in points.items()}
-    head = "| | score | hidden utility | KL, nats a response | response, tokens | seeds |"
+    head = "| | proxy reward | gold reward | KL, nats per response | response, tokens | seeds |"
     text = [head, "|---" * 6 + "|"]
     for name, row in rows.items():
         kl = f"≤ {row['kl'][0]:.2f}" if name.startswith("best") else shown(row["kl"])  # a bound, not measured
         ends = [shown(row[k]) for k in ("score", "utility")] + [kl]
         text.append(f"| {name} | " + " | ".join([*ends, row["length"], str(len(row["seeds"]))]) + " |")
-    gains = ["| | less | score | utility | KL | seeds |", "|---" * 6 + "|"]
+    gains = ["| | minus | proxy reward | gold reward | KL | seeds |", "|---" * 6 + "|"]
     for a, b in COMPARED:
         if both := sorted(points.get(a, {}).keys() & points.get(b, {}).keys()):
             ends = [
@@ -164,7 +164,7 @@ def report(seeds, write):
             ]
             ends[2] *= not b.startswith("best")
             gains.append(f"| {a} | {b} | " + " | ".join([*ends, str(len(both))]) + " |")
-    accuracy = ["| seed | pairs foreseen | at most |", "|---" * 3 + "|"]
+    accuracy = ["| seed | held-out preference accuracy | oracle accuracy |", "|---" * 3 + "|"]
     accuracy += [f"| {x['seed']} | {x['pair_accuracy']:.3f} | {x['pair_accuracy_max']:.3f} |" for x in fits]
     whole = "\n".join([*accuracy, "", *text, "", *gains]) + "\n"
     print(whole)
@@ -183,9 +183,9 @@ def row_of(done):
 
 
 def plot(rows):
-    """Score and hidden utility over KL, whose axis is logarithmic beyond half a nat."""
+    """Proxy and gold reward over KL, whose axis is logarithmic beyond half a nat."""
     figure, axes = canvas(2, (10, 4))
-    titles = {"score": "what is optimised: score", "utility": "what it stands for: hidden utility"}
+    titles = {"score": "optimised: the proxy reward", "utility": "not seen: the gold reward"}
     lines = {"ppo, ": ("o-", "ppo"), "best of ": ("s-", "best of n"), "dpo": ("D", "dpo")}
     for axis, (number, title) in zip(axes, titles.items()):
         for start, (sign, method) in lines.items():
@@ -199,7 +199,7 @@ def plot(rows):
                 beside = (4, 5 if method == "ppo" else -13)  # PPO's labels above its points
                 axis.annotate(name, at, beside, textcoords="offset points", fontsize=8, color=color)
         axis.set_xscale("symlog", linthresh=0.5)
-        axis.set(xlabel="KL from the base model, nats a response", title=title)
+        axis.set(xlabel="KL from the base model, nats per response", title=title)
     axes[0].legend(frameon=False)
     save(figure, RESULTS / "ppo_sweep.png")
 

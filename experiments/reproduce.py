@@ -14,8 +14,8 @@ Fixed before the runs: the main metric is pass@1, the share of correct answers a
 temperature 1 to each of 300 held-out questions; an interval is the middle 95 % of bootstrap draws that
 resample seeds and questions; two methods are compared on the same questions and seeds, and they differ if
 the interval of their difference does not contain 0, with at least three seeds. A claim is reproduced if
-every comparison that it makes holds. README.md, "How this was run", lists what changed after runs had
-been seen.
+every comparison that it makes holds. docs/protocol.md lists what changed after runs had been seen, and
+what an audit found.
 """
 
 import argparse
@@ -91,7 +91,7 @@ COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every fig
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 MANY_QUESTIONS, MANY_SAMPLES = 100, 64  # of the held-out ones and of the harder ones, for pass@k of large k
 MANY_SEEDS = 3  # of a row at least: this is half of a cell's time
-SHOWN = ("base", "sft", "grpo", "sft, then grpo", "prefix_rft", "luffy")  # of pass@k, in the README
+SHOWN = ("base", "sft", "grpo", "sft, then grpo", "prefix_rft", "luffy")  # of pass@k, in docs/results.md
 PREFIX, NOISED = "prefix_rft", ", noisy demonstrations"
 
 
@@ -199,7 +199,19 @@ CLAIMS = [  # what a paper says, its numbers, and what has to come out here: (be
 ]
 
 
-RESULTS, README = ROOT / "experiments/results", ROOT / "README.md"
+UNDER_REVIEW = {  # beginnings of claims that an audit doubts; docs/protocol.md has the reasons
+    "Prefix-RFT is above SFT",
+    "of a prefix, train the tokens of highest entropy",
+    "10 % or 1 % of the demonstrations suffice",
+    "half of the demonstrations incorrect",
+    "Prefix-RFT forgets less than SFT",
+    "RL is above rejection sampling",
+    "RFT grows with k",
+    "DFT is above SFT",
+    "IDFT forgets less than SFT",
+    "hinted decoding raises phi",
+}
+RESULTS, PAGES = ROOT / "experiments/results", ROOT / "docs"
 # metrics of a stage before training
 STAGE = "paths unsolved kept verified_demo verified_own verified_hinted phi_demo phi_own phi_hinted".split()
 
@@ -472,8 +484,8 @@ def full(rows, seeds):
 
 
 def short(rows):
-    """The rows as the README has them."""
-    head = "| | pass@1 | greedy | levels 1–3 | levels 4–6 | harder | side skills | KL to the base "
+    """The rows as docs/results.md has them."""
+    head = "| | pass@1 | greedy | levels 1–3 | levels 4–6 | longer | retention | KL to the base "
     text = [head + "| generated | trained | seeds |", "|---" * 11 + "|"]
     for cell, row in rows.items():
         levels = list(row["levels"].values())
@@ -507,7 +519,8 @@ def claimed(compared):
     for claim, paper, _ in CLAIMS:
         some = [c for c in compared if c["claim"] == claim]
         gains, least = "<br>".join(map(gain_of, some)), min(c["seeds"] for c in some)
-        text.append(f"| {claim} | {paper} | {gains} | {least} | {verdict(some)} |")
+        review = " \\*" * claim.startswith(tuple(UNDER_REVIEW))
+        text.append(f"| {claim} | {paper} | {gains} | {least} | {verdict(some)}{review} |")
     return text
 
 
@@ -584,11 +597,13 @@ def plot_curves(every):
 
 
 def insert(name, lines):
-    """Put a table between its two marks in the README."""
-    before, mark, rest = README.read_text().partition(f"<!-- {name} -->\n")
-    assert mark, f"README.md has no mark <!-- {name} -->"
+    """Put a table between its two marks, which are on one page of docs/."""
+    pages = [page for page in sorted(PAGES.rglob("*.md")) if f"<!-- {name} -->\n" in page.read_text()]
+    assert len(pages) == 1, f"the mark <!-- {name} --> is on {len(pages)} pages of docs/, not on one"
+    before, mark, rest = pages[0].read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
-    README.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
+    assert end, f"{pages[0].name} has no mark <!-- /{name} -->"
+    pages[0].write_text(before + mark + "\n".join(lines) + "\n" + end + after)
 
 
 def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
@@ -603,7 +618,7 @@ def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
     add(
         "--write",
         action="store_true",
-        help="write the tables and plots of experiments/results and the README",
+        help="write the tables and plots of experiments/results and docs",
     )
     return parser
 

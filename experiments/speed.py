@@ -227,7 +227,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--what", nargs="+", choices=list(UNITS), default=list(UNITS), help="what to measure")
     parser.add_argument(
-        "--write", action="store_true", help="keep what was measured, write the README's table"
+        "--write", action="store_true", help="keep what was measured, write the table of docs/benchmarks.md"
     )
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what, side, model folder, size
     args = parser.parse_args()

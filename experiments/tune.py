@@ -1,7 +1,7 @@
 """Learning rates with equal effort: three or four for each method, on questions that no other table uses.
 
     python experiments/tune.py                       # two runs at a time, one thread each
-    python experiments/tune.py --report --write      # run nothing: what has been run, into the README
+    python experiments/tune.py --report --write      # run nothing: what has been run, into docs/protocol.md
 
 Fixed before the runs: one seed, the rates x / 3, x and 3 x around what the scripts began with; the last
 200 questions of the held-out split (`reproduce.py` asks the first 300), 8 samples each at temperature 1;

@@ -375,9 +375,9 @@ def test_metrics_of_a_step_are_one_dict_with_one_key_a_line(name):
 
 
 def glossary():
-    """The names in the first column of README's table `| metric | meaning |`."""
-    _, header, table = (ROOT / "README.md").read_text().partition("| metric | meaning |\n")
-    assert header, "README.md has no table with the header | metric | meaning |"
+    """The names in the first column of the table `| metric | meaning |` of docs/metrics.md."""
+    _, header, table = (ROOT / "docs/metrics.md").read_text().partition("| metric | meaning |\n")
+    assert header, "docs/metrics.md has no table with the header | metric | meaning |"
     rows = re.match(r"(?:\|.*\n?)+", table)[0].splitlines()[1:]
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
     return {re.sub(r"@\d+$", "@k", name) for name in names}
@@ -398,26 +398,28 @@ def test_metrics_of_a_run_are_those_in_its_source(runs):
 def test_glossary_explains_every_metric_and_nothing_else():
     written = ADDED.union(*(written_keys(source(name)) for name in LINES))
     explained = glossary()
-    assert written - explained == set(), "not in README's glossary"
-    assert explained - written == set(), "in README's glossary, but in no metrics.jsonl"
+    assert written - explained == set(), "not in docs/metrics.md"
+    assert explained - written == set(), "in docs/metrics.md, but in no metrics.jsonl"
 
 
-# ---- the README ------------------------------------------------------------------------------------------
+# ---- README and pages ------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands():
-    """(file, arguments) of every command in the README that runs a file of this project."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """(file, arguments) of every command of README and pages that runs a file of this project."""
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     found = re.findall(r"(?:python|torchrun [^`\n]*?) ((?:\w+/)*\w+\.py)\b([^`\n|;&#]*)", text)
     return sorted({(name, rest.replace("…", " ").strip()) for name, rest in found if "--help" not in rest})
 
 
-def test_the_readme_has_commands():
+def test_the_pages_have_commands():
     assert {f"{name}.py" for name in LINES} <= {name for name, _ in commands()} and len(commands()) > 30
 
 
 @pytest.mark.parametrize("name, rest", commands())
-def test_every_command_of_the_readme_parses(name, rest):
+def test_every_command_of_the_pages_parses(name, rest):
     assert (ROOT / name).exists()
     if name.removesuffix(".py") in LINES:
         importlib.import_module(name.removesuffix(".py")).parse_args(shlex.split(rest))
@@ -426,6 +428,7 @@ def test_every_command_of_the_readme_parses(name, rest):
 def test_the_diff_that_the_readme_shows_is_in_the_scripts():
     """Lines with - are in the parent alone, lines with + in the child alone, and both in order."""
     readme = (ROOT / "README.md").read_text()
+    assert max(map(len, readme.split("```diff\n")[1].split("```")[0].splitlines())) <= 90
     shown = re.search(r"```diff\n\$ diff -u (\w+\.py) (\w+\.py).*?\n(.*?)```", readme, re.S)
     parent, child = ((ROOT / shown[i]).read_text().splitlines() for i in (1, 2))
     lines = shown[3].splitlines()

@@ -134,7 +134,9 @@ def test_mark_up_of_equations():
 
 def test_the_index_has_the_one_equation_and_a_row_for_every_script(site):
     html = (site[0] / "index.html").read_text()
-    assert "weight[i,t]" in html and all(f"<td><code>{name}.py</code></td>" in html for name in build.SCRIPTS)
+    assert "weight<sub>i,t</sub>" in html and all(
+        f"<td><code>{name}.py</code></td>" in html for name in build.SCRIPTS
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""The tables of the README: bootstrap and best-of-n, and that they hold what was measured."""
+"""The tables of README and docs: bootstrap and best-of-n, and that they hold what was measured."""
 
 import importlib
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,25 @@ from conftest import ROOT
 from experiments import gpu, ppo_sweep, reproduce, speed, tune
 
 README = (ROOT / "README.md").read_text()
+PAGES = {page.relative_to(ROOT / "docs"): page.read_text() for page in (ROOT / "docs").rglob("*.md")}
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A copy of the pages, for a report to write into."""
+    for name, text in PAGES.items():
+        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "docs" / name).write_text(text)
+    monkeypatch.setattr(reproduce, "PAGES", tmp_path / "docs")
+    return tmp_path / "docs"
+
+
+def written(folder):
+    return {page.relative_to(folder): page.read_text() for page in folder.rglob("*.md")}
+
+
+def has(page, mark, lines):
+    return f"<!-- {mark} -->\n" + "\n".join(lines) + f"\n<!-- /{mark} -->" in PAGES[Path(page)]
 
 
 def test_best_of_n_is_the_mean_over_all_choices():
@@ -144,17 +164,15 @@ def test_a_cell_is_what_the_command_of_today_would_run(file):
         assert len(record[split]) == questions and 0 <= min(record[split]) <= max(record[split]) <= n
 
 
-def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch):
-    """results.md and .json and the tables of the README, made again from the records."""
+def test_the_results_are_those_of_the_cells(tmp_path, monkeypatch, pages):
+    """results.md and .json and the tables of the pages, made again from the records."""
     files = ("results.md", "results.json")
     before = [(reproduce.RESULTS / name).read_text() for name in files]
     (tmp_path / "cells").symlink_to(reproduce.RESULTS / "cells")
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(README)
     reproduce.report(list(reproduce.CELLS), [0, 1, 2, 3, 4], write=True)
     assert [(tmp_path / name).read_text() for name in files] == before
-    assert (tmp_path / "README.md").read_text() == README
+    assert written(pages) == PAGES
 
 
 @pytest.mark.parametrize("cell", ["sft", "hinted + idft", "dpo", "grpo", "prefix_rft"])
@@ -178,21 +196,19 @@ def promised(file, number, gain):
     assert " → ".join(gain) in row
 
 
-def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch):
+def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch, pages):
     before = [(ppo_sweep.RESULTS / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")]
     (tmp_path / "ppo").symlink_to(ppo_sweep.RESULTS / "ppo")
     monkeypatch.setattr(ppo_sweep, "RESULTS", tmp_path)
-    monkeypatch.setattr(reproduce, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(README)
     ppo_sweep.report([0, 1, 2, 3, 4], write=True)
     assert [(tmp_path / name).read_text() for name in ("ppo_sweep.md", "ppo_sweep.json")] == before
-    assert (tmp_path / "README.md").read_text() == README
+    assert written(pages) == PAGES
     assert (tmp_path / "ppo_sweep.png").stat().st_size > 10_000
 
 
-def test_the_readme_has_what_was_measured_on_a_gpu():
+def test_the_pages_have_what_was_measured_on_a_gpu():
     records = json.loads((ROOT / "experiments/results/gpu.json").read_text())
-    assert "<!-- gpu -->\n" + "\n".join(gpu.table(records)) + "\n<!-- /gpu -->" in README
+    assert has("gpu.md", "gpu", gpu.table(records))
     bench = json.loads((ROOT / "experiments/results/kernel_cuda.json").read_text())["rows"]
     for name, title in (
         ("ours", "ours, log p and entropy"),
@@ -201,12 +217,15 @@ def test_the_readme_has_what_was_measured_on_a_gpu():
     ):
         row = next(x for x in bench if x["name"] == name and not x["entropy"])
         numbers = f"{1000 * row['seconds']:.1f} ms | {row['tflops']:.0f} | {row['extra_bytes'] / 1e6:,.0f} MB"
-        assert f"| {title} | {numbers} | {row['errors'][0]:.0e} |".replace("e-0", "e-") in README
+        assert (
+            f"| {title} | {numbers} | {row['errors'][0]:.0e} |".replace("e-0", "e-")
+            in PAGES[Path("kernel.md")]
+        )
 
 
-def test_the_readme_has_the_speeds_that_were_measured():
+def test_the_page_has_the_speeds_that_were_measured():
     records = json.loads((ROOT / "experiments/results/speed.json").read_text())
-    assert "<!-- speed -->\n" + "\n".join(speed.table(records)) + "\n<!-- /speed -->" in README
+    assert has("benchmarks.md", "speed", speed.table(records))
 
 
 @pytest.mark.parametrize("at_3x, taken", [(0.515, 2e-4), (0.53, 6e-4)])
@@ -216,7 +235,7 @@ def test_a_learning_rate_changes_only_for_a_clearly_better_one(at_3x, taken):
 
 def test_a_method_runs_at_the_best_learning_rate():
     records = json.loads(tune.RECORDS.read_text())
-    assert "<!-- tuning -->\n" + "\n".join(tune.table(records)) + "\n<!-- /tuning -->" in README
+    assert has("protocol.md", "tuning", tune.table(records))
     for cell in records:
         script, *flags = reproduce.CELLS[cell].split(" && ")[-1].split()
         runs_at = importlib.import_module(script.removesuffix(".py")).parse_args(flags).lr

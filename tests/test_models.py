@@ -460,11 +460,30 @@ def test_the_computed_memory_of_a_cached_token_is_what_the_cache_holds(b):
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == 5 * 7 * memory.cached(shape, b)
 
 
-def test_the_readme_has_the_computed_memory(capsys, monkeypatch):
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_computed_memory_of_the_copy_that_samples_is_its_own(tied):
+    """What it does not share with the model on one GPU, and all that it holds on several."""
+    shape = (2, 64, 160, 100, 4, 2, 16, tied)
+    size = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+    config = Qwen2Config(vocab_size=100, num_hidden_layers=2, tie_word_embeddings=tied, **size)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        copy = models.sampler(model)
+    shared = {p.data_ptr() for p in model.parameters()}
+    own = sum(p.nbytes for p in copy.parameters() if p.data_ptr() not in shared)
+    assert own == memory.copied(shape, 1)
+    assert sum(p.nbytes for p in copy.parameters()) == memory.copied(shape, 2)
+    layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
+    assert layer == memory.one_layer(shape)
+    rest = memory.parameters(shape)[0] - 2 * layer
+    assert memory.gathered(shape, 2) == 8 * rest + 16 * layer
+
+
+def test_the_page_has_the_computed_memory(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory.py"])
     memory.main()
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 3 and all(table in (ROOT / "README.md").read_text() for table in tables)
+    assert len(tables) == 3 and all(table in (ROOT / "docs/gpu.md").read_text() for table in tables)
 
 
 @pytest.mark.parametrize("tied", [True, False])

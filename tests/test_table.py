@@ -19,7 +19,7 @@ from experiments.weights import curves, read
 
 # what the tests below check; a new wording of a cell needs a new look at its test
 TABLE = {
-    "sft.py": ("1", "response", "tokens of the optimizer batch", "test_weight_of_sft"),
+    "sft.py": ("1", "response", "tokens of the global batch", "test_weight_of_sft"),
     "rft_rejection.py": ("1", "response", "tokens", "test_weight_of_sft"),
     "idft_hinted.py": (
         "p^γ, γ = clamp(e^−φ, .1, 2), φ = log p + H",
@@ -36,7 +36,7 @@ TABLE = {
     ),
     "prefix_rft.py": (
         "I_clip · r · A on both parts",
-        "own tokens, and of the prefix the 20 % of highest entropy",
+        "on-policy tokens, and of the prefix the 20 % of highest entropy",
         "as GRPO",
         "test_weight_of_prefix_rft",
     ),
