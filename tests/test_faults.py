@@ -385,9 +385,9 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--data {empty}": "empty.jsonl: the file is empty",
     "--data {no_rows}": "no_rows.csv: train ",
     "--data {broken}": "broken.jsonl: train cannot be read",
-    "--data {uneven}": "uneven.csv: train cannot be read (Error tokenizing data. C error: Expected 3 fields",
+    "--data {uneven}": "uneven.csv: train cannot be read (uneven.csv, row 1: 4 cells, but the header has 3",
     "--data {binary}": "binary.parquet",
-    "--data {one} ": "one row cannot be both trained on and held out",
+    "--data {one} ": "one question cannot be both trained on and held out",
     "--question-key questoin": f"--question-key questoin: {NO_COLUMN}",
     "--solution-key solutoin": (f"--solution-key solutoin: {NO_COLUMN}", DEMONSTRATIONS),
     "--answer-key {nothing} --solution-key {nothing}": (
@@ -423,7 +423,7 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--base nowhere/at-all": ("--base nowhere/at-all cannot be loaded", ("rft_rejection",)),
     "--base {wide}": ("its weights have other shapes than those of --model", ("rft_rejection",)),
     "--pairs nowhere/at-all": ("--pairs nowhere/at-all: no data file", ("dpo",)),
-    "--pairs {one}": (f"column prompt: prompt: {NO_COLUMN}", ("dpo",)),
+    "--pairs {one}": (f"column chosen: {NO_COLUMN}", ("dpo",)),
     "--preferences nowhere/at-all": ("--preferences nowhere/at-all: no data file", ("rlhf_ppo",)),
     "--reward-model nowhere/at-all": ("--reward-model nowhere/at-all cannot be loaded", ("rlhf_ppo",)),
     "--resume": "--resume: there is no checkpoint in ",
@@ -454,7 +454,7 @@ def files(tmp_path_factory, data):
         "number": [good | {"question": 7}] * 12,
         "no_demo": [good, good | {"solution": ""}, good],
         "number_demo": [good | {"solution": 7}] * 12,
-        "golds": [good | {"answer": ""}] * 12,
+        "golds": [good | {"question": f"{i}?", "answer": ""} for i in range(12)],
         "long": [good, good | {"question": "word " * 3000}] * 6,
         "long_demo": [good, good | {"solution": "word " * 3000}] * 6,
     }
@@ -527,6 +527,7 @@ BOUNDS = {  # flag: the last values that are accepted, as text; None: none that 
     "max_new_tokens": ("1", None),
     "sample_rows": ("1", None),
     "temperature": ("0.001", None),
+    "eval_temperature": ("0.001", None),
     "eval_questions": ("1", None),
     "eval_samples": ("0", None),
     "max_demo_tokens": ("1", None),
@@ -552,7 +553,11 @@ BOUNDS = {  # flag: the last values that are accepted, as text; None: none that 
 def test_a_number_out_of_range_is_named(name, arguments, earlier, capsys):
     """Every flag that is a number: nothing is below its bound or above it, NaN and infinity included."""
     script = SCRIPTS[name]
-    numbers = {k: v for k, v in vars(script.parse_args([])).items() if type(v) in (int, float)}
+    numbers = {
+        k: v
+        for k, v in vars(script.parse_args([])).items()
+        if isinstance(v, (int, float)) and type(v) is not bool
+    }
     assert {"lr", "batch_size", "max_new_tokens", "seed", "eval_samples"} <= numbers.keys()
     for key, default in numbers.items():
         flag = "--" + key.replace("_", "-")

@@ -173,14 +173,14 @@ def test_a_folder_has_one_owner_while_its_process_lives(tmp_path):
     out, link = tmp_path / "run", tmp_path / "link"
     out.mkdir()
     link.symlink_to(out)
-    child, claimed = start(lambda: folders.claim(out))
+    child, claimed = start(lambda: folders.claim(out, create=True))
     assert claimed and not folders.claim(link)
     args = sft.parse_args(["--output-dir", str(link), "--model", str(TINY)])
     with pytest.raises(BadInput, match="another process is writing"):
         runs.open_run(args)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert folders.claim(out) and folders.claim(link)  # as often as the owner likes
+    assert folders.claim(out, create=True) and folders.claim(link)  # as often as the owner likes
     child, claimed = start(lambda: folders.claim(out))  # a child does not inherit it
     assert not claimed
     os.kill(child, signal.SIGKILL)
@@ -193,11 +193,12 @@ def test_a_folder_that_appears_while_the_model_is_read_is_not_moved_aside(tmp_pa
     def begin():
         out.mkdir()
         (out / "metrics.jsonl").write_text("{}\n")
-        return folders.claim(out)
+        return folders.claim(out, create=True)
 
     assert folders.claim(out)  # there is none yet
     child, _ = start(begin)
     args = sft.parse_args(["--output-dir", str(out)])
+    assert folders.claim(tmp_path / "none") and not (tmp_path / "none").exists()
     with pytest.raises(BadInput, match="another process is writing"):
         folders.open_folder(out, {}, args, 0)
     assert (out / "metrics.jsonl").exists()
@@ -264,6 +265,10 @@ def test_numbers_keep_their_digits(load, tmp_path):
     for path in ("d.parquet", "d.json", "d.csv", lines):
         parts = load(path if path is lines else str(tmp_path / path), script=grpo)
         assert {int(gold) for part in parts for gold in part["gold"]} == {*exact}
+    mixed = rows(20)
+    mixed[3] |= {"question": 7, "solution": 8}  # a number among texts is text
+    train, test = load(mixed)
+    assert "7" in train["question"][:] + test["question"][:]
     price = [row | {"answer": json.loads("1.10", parse_float=decimal.Decimal)} for row in rows(4)]
     text = "".join(json.dumps(row, default=str).replace('"1.10"', "1.10") + "\n" for row in price)
     (tmp_path / "price.jsonl").write_text(text)
@@ -611,8 +616,18 @@ def test_a_run_is_continued_on_the_rows_that_it_began_with(load, tmp_path):
     with pytest.raises(BadInput, match="--resume: the rows of --data or --eval-data have changed"):
         folders.same_arguments(first, args)
     args.lr = 1.0
-    with pytest.raises(BadInput, match="--resume: --lr differ"):
+    with pytest.raises(BadInput, match="--resume: lr differ"):
         folders.same_arguments(first, args)
+
+
+def test_a_run_is_continued_without_its_first_model(tmp_path):
+    """A checkpoint has all of it; --model may be gone."""
+    shutil.copytree(TINY, tmp_path / "checkpoint-000001")
+    args = sft.parse_args(["--model", str(tmp_path / "gone"), "--output-dir", str(tmp_path), "--resume"])
+    assert configs.load_tokenizer(args).eos_token_id == 0 and configs.load_config(args).vocab_size == 479
+    args.resume = False
+    with pytest.raises(BadInput, match="--model .*gone cannot be loaded"):
+        configs.load_config(args)
 
 
 def test_configurations_are_named(load, refused, tmp_path):
@@ -815,9 +830,8 @@ def test_a_real_model_does_not_get_the_tiny_worlds_learning_rate(script, tmp_pat
     given = script.parse_args(["--lr", f"{tiny:g}"])
     flags.settle_rates(given, is_small=False)
     assert given.lr == tiny
-    assert configs.is_small(TINY)
-    AutoConfig.from_pretrained(TINY, hidden_size=576).save_pretrained(tmp_path)
-    assert not configs.is_small(tmp_path)
+    assert configs.is_small(AutoConfig.from_pretrained(TINY))
+    assert not configs.is_small(AutoConfig.from_pretrained(TINY, hidden_size=576))
 
 
 def test_without_a_chat_template_prompts_are_plain(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ datasets.disable_progress_bars()  # there is one bar, the script's
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # BadInput reports an error, once
 
 FILES = (".jsonl", ".json", ".csv", ".parquet")
+Number = type("Number", (str,), {})  # text that is a number in the file
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # of a file's first bytes
 
 # ---- splits ----------------------------------------------------------------------------------------------
@@ -69,8 +70,6 @@ def read_split(path, split, flag, wanted=None):
             names = rows.column_names
             kept = [name for name in names if wanted is None or name in wanted]
             return {name: [plain(cell) for cell in rows.with_format(None)[name]] for name in kept}, names
-    except BadInput:
-        raise
     except Exception as error:
         reason = one_line(error.__cause__ or error)
         raise BadInput(f"{flag} {path}: {split} cannot be read ({reason}).") from None
@@ -101,6 +100,12 @@ def files_of(path, split):
 # ---- files -----------------------------------------------------------------------------------------------
 
 
+def expect(condition, reason):
+    """Raise ValueError unless the condition holds; `read_split` names the flag."""
+    if not condition:
+        raise ValueError(reason)
+
+
 def read_file(path, wanted):
     """Of one file: {name: cells} of the wanted columns, the names of all columns, the number of rows."""
     if not os.path.getsize(path):
@@ -123,11 +128,13 @@ def read_csv(path, wanted):
         try:
             lines = [line for line in reader if line]
         except csv.Error as error:
-            raise BadInput(f"{path}, line {reader.line_num}: not a row of a csv file ({error}).") from None
+            raise ValueError(
+                f"{os.path.basename(path)}, line {reader.line_num}: not a row of a csv file, {error}"
+            ) from None
     names, *rows = lines
     for i, row in enumerate(rows):
-        sentence = f"{len(row)} cells, but the header has {len(names)}; quote cells that hold a comma."
-        demand(len(row) <= len(names), f"{path}, row {i}: {sentence}")
+        sentence = f"{len(row)} cells, but the header has {len(names)}; quote cells that hold a comma"
+        expect(len(row) <= len(names), f"{os.path.basename(path)}, row {i}: {sentence}")
     kept = {name: k for k, name in enumerate(names) if wanted is None or name in wanted}
     found = {name: [row[k] or None if k < len(row) else None for row in rows] for name, k in kept.items()}
     return found, names, len(rows)
@@ -145,7 +152,7 @@ def read_json(path, wanted):
     """JSON lines, or an array of objects, or an object with one array in it."""
     found, names, rows = {}, {}, 0
     for where, row in json_rows(path, wanted):
-        demand(isinstance(row, dict), f"{path}, {where}: not an object with columns.")
+        expect(isinstance(row, dict), f"{os.path.basename(path)}, {where}: not an object with columns")
         names |= dict.fromkeys(row)
         for name in row if wanted is None else wanted:
             if name in row:
@@ -160,16 +167,14 @@ def read_json(path, wanted):
 
 def json_rows(path, wanted):
     """(where it is, object) for each row."""
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    decoder = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number)
     with open(path, encoding=encoding(path), errors="replace") as file:
-        first = file.readline()
-        while first and not first.strip():
-            first = file.readline()
+        first = next((line for line in file if line.strip()), "")
         try:
             decoder.decode(first)
             is_lines = not first.lstrip().startswith("[")
         except ValueError:
-            rest = file.readline()
+            rest = next(file, "")
             # one object over several lines, or a first line that is damaged?
             is_lines = first.rstrip().endswith("}") and rest.lstrip().startswith("{")
     if is_lines:
@@ -181,14 +186,16 @@ def json_rows(path, wanted):
                         yield f"line {number}", decoder.decode(line)
                 except ValueError as error:
                     kind = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-                    raise BadInput(f"{path}, line {number}: not {kind} ({one_line(error)}).") from None
+                    raise ValueError(
+                        f"{os.path.basename(path)}, line {number}: not {kind}, {one_line(error)}"
+                    ) from None
         return
     with open(path, encoding=encoding(path)) as file:
         text = file.read()
     try:
         whole = decoder.decode(text)
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({one_line(error)}).") from None
+        raise ValueError(f"{os.path.basename(path)}: not JSON, {one_line(error)}") from None
     if isinstance(whole, dict) and not any(name in whole for name in wanted or []):
         arrays = [value for value in whole.values() if isinstance(value, list)]
         whole = arrays[0] if len(arrays) == 1 else [whole]
@@ -205,7 +212,7 @@ def plain(cell):
         return [plain(value) for value in cell]
     if isinstance(cell, float) and isnan(cell):
         return None
-    return str(cell)
+    return Number(cell)
 
 
 # ---- cells -----------------------------------------------------------------------------------------------

@@ -36,9 +36,21 @@ def cannot_load(flag, source, error):
 
 def load_tokenizer(args):
     """The tokenizer of --model, without its chat template under --chat-template off."""
-    tokenizer = as_asked(read_folder(AutoTokenizer, args.model, "--model"), args)
-    demand_eos(tokenizer, f"--model {args.model}")
+    source, flag = origin(args)
+    tokenizer = as_asked(read_folder(AutoTokenizer, source, flag), args)
+    demand_eos(tokenizer, f"{flag} {source}")
     return tokenizer
+
+
+def load_config(args):
+    """The configuration of --model."""
+    return read_folder(AutoConfig, *origin(args))
+
+
+def origin(args):
+    """The folder or hub name of the model, and its flag. A run that is continued has a copy of its own."""
+    checkpoints = sorted(Path(args.output_dir).glob("checkpoint-" + "[0-9]" * 6)) if args.resume else []
+    return (checkpoints[-1], "--resume") if checkpoints else (args.model, "--model")
 
 
 def demand_eos(tokenizer, name):
@@ -54,19 +66,18 @@ def as_asked(tokenizer, args):
     return tokenizer
 
 
-def is_small(source):
+def is_small(config):
     """Whether a model is of the size of the tiny world's, for which learning rates are chosen by default."""
-    config = read_folder(AutoConfig, source, "--model").get_text_config()
-    return (getattr(config, "hidden_size", None) or 10**9) <= 256
+    return (getattr(config.get_text_config(), "hidden_size", None) or 10**9) <= 256
 
 
 # ---- what ends a response --------------------------------------------------------------------------------
 
 
-def all_stop_ids(tokenizer, config, source):
+def all_stop_ids(tokenizer, config, args):
     """Every id that ends a response, by the tokenizer, the configuration or the generation configuration."""
     try:
-        generation = GenerationConfig.from_pretrained(source, trust_remote_code=False)
+        generation = GenerationConfig.from_pretrained(origin(args)[0], trust_remote_code=False)
     except Exception:  # there need not be one
         generation = GenerationConfig()
     return {*stop_ids(tokenizer, config), *as_list(generation.eos_token_id)}

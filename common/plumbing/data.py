@@ -42,7 +42,7 @@ def check_lengths(rows, name, args, demonstrations=False):
 
     A row is encoded only where that is in question: a token stands for at least one byte.
     """
-    config = configs.read_folder(AutoConfig, args.model, "--model")
+    config = configs.load_config(args)
     tokenizer = configs.load_tokenizer(args)
     positions = configs.max_positions(config)
     [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
@@ -81,7 +81,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
     ranks.shard()  # from here on only the first rank prints
     flags.check(args)
     configs.check_dtype(args)
-    flags.settle_rates(args, configs.is_small(args.model))
+    flags.settle_rates(args, configs.is_small(configs.load_config(args)))
     continues_demonstrations = getattr(args, "prefix_schedule", "none") != "none"
     needs_column = demonstrations or continues_demonstrations
     train = load_questions(args.data, args.split, args, "--data", needs_column, demonstrations, no_gold)

@@ -6,8 +6,6 @@ of a demonstration, a tag that is opened twice, a pair that is equal where it is
 
 import re
 
-from transformers import AutoConfig
-
 from common.plumbing import configs
 from common.plumbing.flags import BadInput, demand, one_line
 from common.tokenization import encode_prompts, encode_response
@@ -17,7 +15,7 @@ from common.tokenization import encode_prompts, encode_response
 
 def cleaned(rows, name, args):
     """Rows of questions and solutions without what ids would make of them: see `clean`."""
-    tokenizer, config = configs.load_tokenizer(args), configs.read_folder(AutoConfig, args.model, "--model")
+    tokenizer, config = configs.load_tokenizer(args), configs.load_config(args)
     marks = special_texts(tokenizer, config, args)
     check_texts(rows["question"], f"--question-key {args.question_key}", name, tokenizer, marks)
     if "solution" in rows.column_names:
@@ -35,7 +33,7 @@ def special_texts(tokenizer, config, args):
     outside = {token for token, i in tokenizer.get_vocab().items() if i >= rows}
     demand(outside <= {*tokenizer.get_added_vocab()}, f"{size}; {remedy}.")
     texts = {token: f"is an id that the embedding of {rows:,} rows has not; {remedy}" for token in outside}
-    for i in configs.all_stop_ids(tokenizer, config, args.model):
+    for i in configs.all_stop_ids(tokenizer, config, args):
         demand(i < rows, f"{size}, among them {i}, which ends a response; {remedy}.")
         texts[tokenizer.decode([i])] = "ends a response"
     return texts
@@ -102,7 +100,7 @@ def frame(tokenizer, args):
 
 def look(rows, name, args, show=True):
     """The first question's prompt as ids: checked, and with `show` printed with its demonstration."""
-    tokenizer, config = configs.load_tokenizer(args), configs.read_folder(AutoConfig, args.model, "--model")
+    tokenizer, config = configs.load_tokenizer(args), configs.load_config(args)
     frame(tokenizer, args)
     question = rows[0]["question"]
     [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
@@ -130,7 +128,7 @@ def ends(tokenizer, config, prompt, question, args):
     """
     if prompt[-1] == tokenizer.eos_token_id:
         return True
-    if prompt[-1] not in configs.all_stop_ids(tokenizer, config, args.model) or not tokenizer.chat_template:
+    if prompt[-1] not in configs.all_stop_ids(tokenizer, config, args) or not tokenizer.chat_template:
         return False
     text = args.prompt_template.replace("{question}", question)
     return prompt == tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
@@ -177,7 +175,7 @@ def is_longer(tokenizer, text, most):
 
 def distinct_pairs(rows, flag, name, args):
     """Cleaned pairs without those whose responses are equal, also where --max-demo-tokens ends them."""
-    tokenizer, config = configs.load_tokenizer(args), configs.read_folder(AutoConfig, args.model, "--model")
+    tokenizer, config = configs.load_tokenizer(args), configs.load_config(args)
     marks = special_texts(tokenizer, config, args)
     check_texts(rows["prompt"], "column prompt", name, tokenizer, marks)
     both = {}

@@ -137,7 +137,7 @@ class Rate(float):
     A rate that the user gives is a plain float.
     """
 
-    def __new__(cls, tiny, real):
+    def __new__(cls, tiny, real=None):
         rate = super().__new__(cls, tiny)
         rate.usual = real
         return rate

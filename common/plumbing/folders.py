@@ -18,15 +18,15 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 OWNED = {}  # (process, file system, inode) -> the open file that holds the lock, as long as the process lives
 
 
-def claim(out):
-    """Whether this process is the only one that writes to a run folder; a folder that is not there is free.
+def claim(out, create=False):
+    """Whether this process is the only one that writes to a run folder; without a lock file it is free.
 
     The lock is one of the process: it ends with it, however it ends, and no child inherits it.
     Nothing else may open the file, because closing it would end the lock.
     """
-    if not out.is_dir():
-        return True
     path = out / ".lock"
+    if not create and not path.exists():
+        return True  # a run that is refused later has changed nothing
     if path.exists() and identity(path) in OWNED:
         return True
     file = open(path, "a")
@@ -57,7 +57,7 @@ def taken(out):
 
 def open_folder(out, state, args, model_bytes):
     """Make the folder ready for the step after `state`."""
-    if not claim(out):  # it may have been made while the model was read
+    if not claim(out, create=args.resume):  # it may have been made while the model was read
         raise taken(out)
     if args.resume:
         for name, size in state["written"].items():
@@ -74,7 +74,7 @@ def open_folder(out, state, args, model_bytes):
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         move_aside(out, args)
     out.mkdir(parents=True, exist_ok=True)
-    if not claim(out):
+    if not claim(out, create=True):
         raise taken(out)
     half = out / "args.json.half"
     half.write_text(json.dumps(vars(args) | environment(), indent=1))
@@ -136,8 +136,8 @@ def same_arguments(first, args):
     changed = [name for name in names if first[name] != getattr(args, name)]
     sentence = "the rows of --data or --eval-data have changed since the first run; start without --resume."
     demand(changed != ["fingerprint"], f"--resume: {sentence}")
-    flags = ", ".join("--" + name.replace("_", "-") for name in changed if name != "fingerprint")
-    demand(not changed, f"--resume: {flags} differ from the first run; give the same arguments.")
+    names = ", ".join(name for name in changed if name != "fingerprint")
+    demand(not changed, f"--resume: {names} differ from the first run; give the same arguments.")
 
 
 def unwritable(path, error):

@@ -43,6 +43,9 @@ def demand_name(names, flag, column):
 
 def texts(cells, name, column, role="user", required=True, row=None):
     """The cells of a column (or of one row) as text; None where there is none and none is required."""
+    if row is None and all(isinstance(cell, columns.Number) for cell in cells):
+        cells = [None]  # nothing but numbers: another column is meant
+        required = True
     found = []
     for i, cell in enumerate(cells):
         i = i if row is None else row
