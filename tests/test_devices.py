@@ -15,7 +15,7 @@ from conftest import same_metrics
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from common.plumbing import decoding, models, ranks, runs
+from common.plumbing import decoding, memory, models, ranks, runs
 
 FEW = "--steps 1 --eval-questions 2 --eval-samples 1 --max-new-tokens 20"
 GROUP = "--batch-size 8 --group-size 4 --kl-coef 0.1 --epochs-per-batch 2 --minibatches 2"
@@ -127,7 +127,8 @@ def gpu(script):
         patch.setattr(models, "placed", placed)
         patch.setattr(ranks, "generator", generator_for)
         patch.setattr(script, "token_logprobs", logprobs)
-        for room, name in ((models, "load_model"), (models, "load_scorer"), (runs, "save_model")):
+        files = [(models, "load_model"), (models, "load_scorer"), (runs, "save_model")]
+        for room, name in [*files, (memory, "check_training")]:  # the last one builds a model on meta
             patch.setattr(room, name, without_labels(getattr(room, name)))
         for pace in (decoding.LOOK, decoding.COLUMNS, decoding.LEAVE):
             patch.setitem(pace, "cuda", pace["cpu"])  # rows leave at the same step: the same draws
