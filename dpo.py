@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--beta", type=flags.number(0), default=0.1, help="DPO: strength of the KL penalty to pi_0")
     add("--simpo-beta", type=flags.number(0), default=2.0, help="SimPO: scale of the mean log-probability")
     add("--simpo-margin", type=flags.number(0), default=1.0, help="SimPO: target margin of the rewards")
-    add("--pairs", help="data set with columns prompt, chosen, rejected; default: own samples")
+    add("--pairs", help="data set with columns prompt, chosen, rejected; default: sampled and verified")
     add("--k", type=flags.integer(1), default=8, help="samples per question, without --pairs")
     add("--pair-questions", type=flags.integer(1), default=1000, help="questions to sample, without --pairs")
     return parser.parse_args(argv)
@@ -95,7 +95,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)  # each rank draws its own samples
+    generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 

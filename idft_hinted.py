@@ -1,9 +1,9 @@
 """IDFT and hinted decoding: weight and rewrite demonstrations by how on-policy they are.
 
 Zhang et al., Towards On-Policy SFT, arXiv 2602.12222; DFT: Wu et al., 2508.05629. The centered
-log-likelihood of a token, phi = log p + H, is its log-probability plus the entropy of the distribution
-it came from. On the model's own samples its mean is 0 in every context; on most text of another
-style it is below 0. It has two uses here:
+log-likelihood of a token, phi = log p + H, is its log-probability plus the entropy of the
+distribution it came from. On on-policy samples its mean is 0 in every context; on most text of
+another style it is below 0. It has two uses here:
 
     L = - 1/Z sum_i sum_t m_it sg(p_it ^ gamma_it) log p_it       gamma = clamp(exp(-phi), 0.1, 2)
     log m = (1 - lam) log p_hinted + lam log q_student + const    lam = clamp(beta H(p) / log V, 0, 1)
@@ -97,7 +97,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)  # each rank draws its own samples
+    generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 

@@ -103,7 +103,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)  # each rank draws its own samples
+    generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 
@@ -182,7 +182,7 @@ def rollout(model, tokenizer, rows, step, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    prefixes = [[] for _ in rows]  # one of each group is a hybrid
+    prefixes = [[] for _ in rows]  # the first of each group gets one
     for i in range(0, len(rows), args.group_size):
         prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]  # the policy goes on

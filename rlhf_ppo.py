@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--epochs-per-batch", type=flags.integer(1), default=2, help="passes over the completions")
     add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
     add("--stop-after", choices=["preferences", "reward", "ppo"], default="ppo", help="last stage")
-    add("--preferences", help="data set with prompt, chosen, rejected; default: own samples, ranked")
+    add("--preferences", help="data set with prompt, chosen, rejected; default: ranked samples")
     add("--annotator", choices=["simulated", "human"], default="simulated", help="who ranks samples")
     add("--preference-questions", type=flags.integer(1), default=3000, help="training questions to rank")
     add("--slope", type=flags.number(0), default=2.0, help="precision of the simulated annotator; 0: random")
@@ -108,7 +108,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)  # each rank draws its own samples
+    generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 

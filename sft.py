@@ -83,7 +83,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     """
     model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
-    generator = ranks.generator(model.device)  # each rank draws its own samples
+    generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
     budget_left = [args.max_new_tokens - n for n in spent]
 

@@ -253,7 +253,7 @@ TOKENS = {
     "block": r"\\(?P<side>begin|end)\s*\{[A-Za-z]+\*?\}",  # any other: only as a whole
     "command": r"\\[A-Za-z]+ | \\[{}|%$]",
     "word": r"[A-Za-z]+",
-    "foreign": r"[^\W\d_]+",
+    "letters": r"[^\W\d_]+",
     "sign": r"\*\* | \+/- | != | [<>]= | [-+*/^_=<>()\[\]{}|!,;:&'%]",
 }
 TOKEN = "|".join(f"(?P<{kind}> {rule}\n)" for kind, rule in TOKENS.items())
@@ -377,7 +377,7 @@ RULES = {
     "block": lambda _, match, __: CANONICAL["\\" + match["side"] + "?"],
     "command": lambda written, *_: [("command", written)],
     "word": lambda written, _, following: spelled(written, following),
-    "foreign": lambda written, *_: [("word", written.lower())],
+    "letters": lambda written, *_: [("word", written.lower())],
     "sign": lambda written, *_: [("sign", written)],
 }
 

@@ -34,6 +34,7 @@ from common import tokenization as tok  # noqa: E402
 from common.plumbing import data, folders, models  # noqa: E402
 from experiments.reproduce import COLORS, canvas, flags, insert, interval, process, save  # noqa: E402
 
+QUESTIONS = 300
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
 CELLS = {f"ppo, {beta}": f"rlhf_ppo.py --reward-model {{0}}/reward_model --kl-coef {beta}" for beta in BETAS}
 CELLS |= {"dpo": "dpo.py --pairs {0}/preferences.jsonl", "best of n": ""}
@@ -83,8 +84,10 @@ def run(cell, seed, runs):
 def measure(cell, seed, runs):
     """Score, utility and KL of each held-out question: means of 8 samples, or of the best of n of 64."""
     out = runs / name_of(cell, seed)
-    args = rlhf_ppo.parse_args(["--group-size", "8" if CELLS[cell] else str(max(TIMES))])  # 300 questions
+    args = rlhf_ppo.parse_args(["--group-size", "8" if CELLS[cell] else str(max(TIMES))])
+    args.eval_questions = 10**6  # all; a smaller number would be a random sample
     _, rows = data.load_splits(args)
+    rows = rows.select(range(QUESTIONS))  # the first, as in reproduce.py
     base, tokenizer = models.load_model(args.model)
     model = models.load_model(str(out / "final"))[0] if CELLS[cell] else base
     scorer = models.load_scorer(str(runs / f"reward-{seed}/reward_model"), tokenizer, args)

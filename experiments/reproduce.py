@@ -236,11 +236,15 @@ def process(screen, *command):
     return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
 
 
+# arguments that records up to 0.1.0 lack, with the values that those runs had
+SINCE = {"chat_template": "on"}
+
+
 def settings(args):
     """What makes a run another method: its arguments, without what names, measures or places it."""
     apart = "output_dir seed model base resume eval_questions eval_samples commit versions".split()
-    apart += ["unparseable_gold"]
-    return {k: v for k, v in args.items() if k not in apart}
+    apart += "eval_first eval_temperature unparseable_gold fingerprint".split()
+    return {k: v for k, v in args.items() if k not in apart and (k, v) not in SINCE.items()}
 
 
 QUICK = "--eval-questions 1 --eval-samples 0"  # `measure` asks every final model the same

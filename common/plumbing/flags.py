@@ -134,7 +134,7 @@ steps = integer(0, 10**6 - 1)  # the random draws of step s are seeded with seed
 class Rate(float):
     """The default of a learning rate: that of the tiny world, and `real`, usual for real models.
 
-    A rate that the user gives is a plain float.
+    A learning rate that the user gives is a plain float.
     """
 
     def __new__(cls, tiny, real=None):
@@ -144,7 +144,7 @@ class Rate(float):
 
 
 def settle_rates(args, is_small):
-    """Replace default rates by those of the model's size; a real model at the tiny world's rate is ruined."""
+    """Replace default learning rates by those usual for the model's size."""
     for name, rate in list(vars(args).items()):
         if isinstance(rate, Rate):
             setattr(args, name, float(rate) if is_small else rate.usual)
