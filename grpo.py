@@ -9,7 +9,7 @@ completions above the group mean, within a trust region around the sampling poli
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi:
     data    on-policy completions, G for each question
-    weight  I_clip r A + beta (pi_ref / pi - 1)
+    weight  I_clip r A + beta (pi_ref / pi - 1); I_clip is 0 where the clip acts, else 1
     mask    the response, EOS included
     Z       sequences x budget (Dr. GRPO), all tokens (DAPO) or sequences x own length (GRPO)
 
@@ -36,19 +36,19 @@ def parse_args(argv=None):
     add("--output-dir", default="runs/grpo", help="folder for logs, checkpoints and final/")
     add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
     add("--steps", type=flags.steps, default=100, help="training steps; 0 only evaluates")
-    add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
+    add("--save-every", type=flags.integer(0), default=50, help="every N steps; 0: never")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
+    add("--data", default="tiny/data", help="hub name, folder or json(l), csv, parquet file")
     add("--split", default="train", help="split to train on")
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
+    add("--answer-key", default="answer", help="column with the gold; else the solution's")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
@@ -56,19 +56,19 @@ def parse_args(argv=None):
     add("--lr", type=flags.number(0, 1), default=flags.Rate(2e-4, 1e-6), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
     add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling and scoring")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget of a response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits, also in the loss")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget per response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
+    add("--eval-every", type=flags.integer(0), default=0, help="N steps; 0: start and end only")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
-    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
-    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="temperature of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
@@ -76,8 +76,8 @@ def parse_args(argv=None):
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
     add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
     add("--kl-coef", type=flags.number(0), default=0.0, help="beta, of the KL to the initial policy")
-    add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the completions")
-    add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per pass")
+    add("--epochs-per-batch", type=flags.integer(1), default=1, help="epochs over a step's samples")
+    add("--minibatches", type=flags.integer(1), default=1, help="optimizer steps per epoch")
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
     add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: length of the penalty zone")
     return parser.parse_args(argv)
@@ -91,7 +91,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     A response ends with EOS unless the budget truncates it. `spent` is the number of response
     tokens that each prompt already holds; they count against the budget.
     """
-    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    model = models.sampler(model)  # under bf16 a copy, refreshed from the weights
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
@@ -99,9 +99,9 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
-        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: exactly what `logprobs` scores
+        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: what `logprobs` scores
         if temperature:
-            # the argmax of p_i / Exp(1) is token i with probability p_i: multinomial, without a sync
+            # exponential race: i wins with probability p_i; multinomial would wait for the GPU
             noise = torch.empty_like(p).exponential_(generator=generator)
             token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
         else:
@@ -115,12 +115,12 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
     for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
-        batch = decoding.Batch(model, chosen, budgets)
+        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+        batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
         logps[rows, : drawn.shape[1]] = drawn_logp
-    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # every rank gets all responses
+    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # -1 and 0 where other ranks sampled
     responses = [row[row >= 0].tolist() for row in ids]
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
@@ -128,13 +128,13 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 # ---- log-probabilities -----------------------------------------------------------------
 @ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
-    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
+    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 outside the response."""
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, models.at_head(model, temperature))
+    logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -190,14 +190,14 @@ def zero_variance_groups(groups):
 
 def advantages(rewards, how):
     """A_i of each completion from the rewards of its group, [Q, G]; equal rewards give A = 0."""
-    centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G of leave-one-out
+    centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G times leave-one-out
     if how == "dr_grpo":
         return centred
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
 def inverse_z(response_mask, how, budget):
-    """1/Z for each row of a global batch, [B, 1]; a micro-batch takes those of its rows."""
+    """1/Z for each row of an optimizer step, [B, 1]: the same on all ranks and micro-batches."""
     lengths = response_mask.sum(1, keepdim=True).float()  # |y_i|, [B, 1]
     sequences = len(lengths)
     if how == "sequence":  # GRPO: the mean over sequences of the mean over tokens
@@ -206,7 +206,7 @@ def inverse_z(response_mask, how, budget):
         z = lengths.sum()
     else:  # Dr. GRPO: a constant, so a token's weight does not depend on any length
         z = sequences * budget
-    return 1 / (z + 0 * lengths)
+    return 1 / (z + 0 * lengths)  # [B, 1] in all three cases
 
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
@@ -227,7 +227,7 @@ def evaluate(model, tokenizer, rows, args):
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
     with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
-        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
     return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
@@ -291,20 +291,20 @@ def main(args):
         rewards = rewards.view(-1, args.group_size)  # [Q, G]
         advantage = advantages(rewards, args.advantage)
         advantage = advantage.view(-1, 1) * mask  # A_i on each token, [N, T]
-        sampled = time.time()
+        sampling_ended = time.time()
 
         # train
         minibatches = []
         for _ in range(args.epochs_per_batch):
             minibatches += torch.randperm(size).tensor_split(args.minibatches)
-        old_logp = ref_logp = torch.zeros_like(advantage)
+        old_logp = ref_logp = torch.zeros_like(advantage)  # if they are not needed
         with autocast:
             if updates > 1:
                 old_logp, _ = score(model, tokens, mask, args)
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
-        useful = mask * has_gradient  # rows without a gradient cost nothing
+        useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
@@ -336,7 +336,7 @@ def main(args):
         nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
         entropy, k3, ratio = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-        zero_variance = (rewards == rewards[:, :1]).all(1)  # [Q]
+        equal_rewards = (rewards == rewards[:, :1]).all(1)  # [Q]
         metrics = {
             "step": step,
             "reward": rewards.mean(),
@@ -345,7 +345,7 @@ def main(args):
             "grad_norm": sum(norms) / updates,
             "response_len": mask.sum() / size,
             "clip_frac": clipped.float().mean(),
-            "zero_variance_frac": zero_variance.float().mean(),
+            "zero_variance_frac": equal_rewards.float().mean(),
             "adv_abs": advantage.abs().sum() / mask.sum(),
             "ratio_max": (ratio - 1).abs().max(),
             "truncated_frac": sum(c["truncated"] for c in batch) / size,
@@ -354,8 +354,8 @@ def main(args):
             "kl": k3.mean(),
             "tokens_trained": tokens_trained,
             "tokens_generated": sum(len(c["response"]) for c in batch + replaced),
-            "seconds_sample": sampled - began,
-            "seconds_train": time.time() - sampled,
+            "seconds_sample": sampling_ended - began,
+            "seconds_train": time.time() - sampling_ended,
         }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:

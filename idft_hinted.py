@@ -44,19 +44,19 @@ def parse_args(argv=None):
     add("--output-dir", default="runs/idft_hinted", help="folder for logs, checkpoints and final/")
     add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
     add("--steps", type=flags.steps, default=200, help="training steps; 0 only evaluates")
-    add("--save-every", type=flags.integer(0), default=50, help="steps per checkpoint; 0: none")
+    add("--save-every", type=flags.integer(0), default=50, help="every N steps; 0: never")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations, save memory")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="tiny/data", help="hub name, folder or jsonl, json, csv, parquet file")
+    add("--data", default="tiny/data", help="hub name, folder or json(l), csv, parquet file")
     add("--split", default="train", help="split to train on")
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold; if absent, from the solution")
+    add("--answer-key", default="answer", help="column with the gold; else the solution's")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
@@ -64,21 +64,21 @@ def parse_args(argv=None):
     add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip the gradient norm to this")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling and scoring")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget of a response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits, also in the loss")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget per response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="steps; 0: only at start and end")
+    add("--eval-every", type=flags.integer(0), default=0, help="N steps; 0: start and end only")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
-    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of these samples")
-    add("--eval-first", choices=["on", "off"], default="on", help="the evaluation at step 0")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="temperature of these samples")
+    add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
-    add("--max-demo-tokens", type=flags.integer(1), default=512, help="longest demonstration")
+    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
     weights = ["sft", "dft", "eaft", "idft"]
     add("--weight", choices=weights, default="idft", help="token weight: 1, p, H / log V or p^gamma")
     add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations before training")
@@ -95,7 +95,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     A response ends with EOS unless the budget truncates it. `spent` is the number of response
     tokens that each prompt already holds; they count against the budget.
     """
-    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    model = models.sampler(model)  # under bf16 a copy, refreshed from the weights
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     generator = ranks.generator(model.device)  # each rank has its own generator
     spent = spent or [0] * len(prompts)
@@ -103,9 +103,9 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
-        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: exactly what `logprobs` scores
+        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: what `logprobs` scores
         if temperature:
-            # the argmax of p_i / Exp(1) is token i with probability p_i: multinomial, without a sync
+            # exponential race: i wins with probability p_i; multinomial would wait for the GPU
             noise = torch.empty_like(p).exponential_(generator=generator)
             token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
         else:
@@ -119,12 +119,12 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
     for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        chosen, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
-        batch = decoding.Batch(model, chosen, budgets)
+        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+        batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
         logps[rows, : drawn.shape[1]] = drawn_logp
-    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # every rank gets all responses
+    ids, logps = ranks.reduce(ids, "MAX"), ranks.reduce(logps)  # -1 and 0 where other ranks sampled
     responses = [row[row >= 0].tolist() for row in ids]
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
@@ -140,7 +140,7 @@ def mixture(log_p, log_q, beta):
 @torch.no_grad()
 def rewrite(model, tokenizer, hinted, student, args):
     """Hinted decoding: one response per pair of prompts; both contexts advance by the same token."""
-    model = models.sampler(model)  # in bf16 a copy with bf16 weights, up to date
+    model = models.sampler(model)  # under bf16 a copy, refreshed from the weights
     stops = torch.tensor(tok.stop_ids(tokenizer, model.config), device=model.device)
     generator = ranks.generator(model.device)
     vocabulary = model.config.get_text_config().vocab_size
@@ -181,13 +181,13 @@ def rewrite(model, tokenizer, hinted, student, args):
 # ---- log-probabilities -----------------------------------------------------------------
 @ranks.forward
 def logprobs(model, tokens, response_mask, temperature):
-    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 but on the response."""
+    """log pi(y_t | x, y_<t) and entropy of pi(. | x, y_<t), [B, T] each; 0 outside the response."""
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: not computed
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
     head = model.get_output_embeddings().weight  # [V, D]
-    logp, entropy = token_logprobs(hidden, head, targets, models.at_head(model, temperature))
+    logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
 
 
@@ -274,7 +274,7 @@ def evaluate(model, tokenizer, rows, args):
     torch.manual_seed(args.seed)  # the same draws at every evaluation
     prompts = tok.encode_prompts(tokenizer, rows["question"], args.prompt_template)
     with runs.evaluating(len(prompts) * (1 + args.eval_samples)):
-        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # hides reliability
+        greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
     return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)

@@ -24,8 +24,8 @@ PAIRS = [("sft", "rft_rejection"), ("sft", "idft_hinted"), ("sft", "dpo"), ("grp
 PAIRS += [("grpo", "rlhf_ppo")]
 SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "rlhf_ppo"]
 COMMON = ["common/tokenization", "common/logprob", "common/verifier"]
-ROOMS = "flags configs data tables columns examples models heads weights memory ranks".split()
-ROOMS += "recording decoding runs folders screen evaluation annotator".split()
+ROOMS = "flags configs data tables columns examples models heads storage memory ranks".split()
+ROOMS += "cuda_graph decoding runs folders screen evaluation annotator".split()
 COMMON += [f"common/plumbing/{room}" for room in ROOMS]
 COLOURS = [
     (Token.Comment, "c"),

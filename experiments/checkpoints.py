@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from common.plumbing import ranks, runs, weights  # noqa: E402
+from common.plumbing import ranks, runs, storage  # noqa: E402
 from experiments import memory  # noqa: E402
 
 
@@ -93,7 +93,7 @@ def main():
         runs.save_model(folder, model, tokenizer, optimizer, {"step": 1})
     size = sum(path.stat().st_size for path in folder.iterdir())
     with Peak() as load:
-        state = weights.read_state(folder)
+        state = storage.read_state(folder)
     equal = []
     for i, p in enumerate(model.parameters()):
         for name, x in optimizer.state[p].items():

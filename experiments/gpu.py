@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
 from common import tokenization as tok  # noqa: E402
-from common.plumbing import decoding, models, ranks, recording, runs  # noqa: E402
+from common.plumbing import cuda_graph, decoding, models, ranks, runs  # noqa: E402
 from experiments import memory  # noqa: E402
 
 QUESTIONS, GROUP, BUDGET, MICRO = 16, 32, 256, 8192
@@ -201,7 +201,7 @@ def check_syncs(tiny):
     """A step of `sample` and of `rewrite` asks nothing of the host: torch raises if it does."""
     if not CUDA:
         return {"skipped": "no GPU"}
-    call = recording.Replay.__call__
+    call = cuda_graph.Replay.__call__
 
     def strict(run):
         if run.warm:
@@ -212,7 +212,7 @@ def check_syncs(tiny):
             torch.cuda.set_sync_debug_mode("default")
         run.warm = True
 
-    recording.Replay.__call__ = strict
+    cuda_graph.Replay.__call__ = strict
     try:
         done = {}
         for dtype in ("fp32", "bf16"):
@@ -222,7 +222,7 @@ def check_syncs(tiny):
             done[dtype] = "no synchronisation in a step"
         return done
     finally:
-        recording.Replay.__call__ = call
+        cuda_graph.Replay.__call__ = call
 
 
 SMALL = {}
@@ -461,7 +461,7 @@ def profiled(name, tiny):
     shape = shape_of(name, tiny)
     rows = 32 if tiny else QUESTIONS * GROUP
     model = random_model(shape)
-    found, call = {}, recording.Replay.__call__
+    found, call = {}, cuda_graph.Replay.__call__
     kinds = [ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]
     count, first, steps = [0], 8, 8
     profiler = profile(activities=kinds)
@@ -478,9 +478,9 @@ def profiled(name, tiny):
             count.append(time.time())
             profiler.__exit__(None, None, None)
 
-    recording.Replay.__call__ = watched
+    cuda_graph.Replay.__call__ = watched
     draw_with(grpo.sample, model, "bf16", 1.0, 24, rows)
-    recording.Replay.__call__ = call
+    cuda_graph.Replay.__call__ = call
     events = profiler.key_averages()
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
     events = sorted(events, key=lambda event: -getattr(event, key))
@@ -499,7 +499,7 @@ def parts_of_a_step(name, tiny):
     if not CUDA:
         return {"skipped": "no GPU"}
     shape = shape_of(name, tiny)
-    model, seen, record = random_model(shape), {}, recording.record
+    model, seen, record = random_model(shape), {}, cuda_graph.record
 
     def watched(step, generator):
         torch.cuda.synchronize()
@@ -518,9 +518,9 @@ def parts_of_a_step(name, tiny):
         seen["ms, replayed"] = (time.time() - began) / 20 * 1e3
         return replay
 
-    recording.record = watched
+    cuda_graph.record = watched
     draw_with(grpo.sample, model, "bf16", 1.0, 48, QUESTIONS * GROUP)
-    recording.record = record
+    cuda_graph.record = record
     return seen
 
 

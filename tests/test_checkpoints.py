@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import common.tokenization as tok
-from common.plumbing import folders, ranks, weights
+from common.plumbing import folders, ranks, storage
 
 
 def state_of(seed, rows):
@@ -65,13 +65,13 @@ def write(folder, state, count):
     for rank in range(count):
         with pytest.MonkeyPatch.context() as patch:
             as_rank(patch, rank, count)
-            weights.write_state(folder, state)
+            storage.write_state(folder, state)
 
 
 def read(folder, rank, count):
     with pytest.MonkeyPatch.context() as patch:
         as_rank(patch, rank, count)
-        return weights.read_state(folder)
+        return storage.read_state(folder)
 
 
 def joined(states):
@@ -113,9 +113,9 @@ def test_rows_are_divided_as_torch_divides_them(rows, count, monkeypatch):
 
 def test_the_files_are_those_of_the_library(tmp_path):
     """Every type, no rows, no dimension; what is read by safetensors is what was written."""
-    tensors = {f"x.{i}": torch.arange(i).to(dtype) for i, dtype in enumerate(weights.DTYPES)}
+    tensors = {f"x.{i}": torch.arange(i).to(dtype) for i, dtype in enumerate(storage.DTYPES)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "strided": torch.rand(4, 5).T}
-    weights.write_tensors(tmp_path / "a.safetensors", tensors)
+    storage.write_tensors(tmp_path / "a.safetensors", tensors)
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys() and all(equal(tensors[key], found[key]) for key in tensors)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:

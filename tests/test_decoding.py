@@ -18,7 +18,7 @@ from transformers import (
 import common.tokenization as tok
 import grpo
 import idft_hinted
-from common.plumbing import decoding, models, recording
+from common.plumbing import cuda_graph, decoding, models
 
 SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 SIZE |= dict(num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.2, vocab_size=50)
@@ -79,7 +79,7 @@ def recorded(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(recording, "record", record)
+    monkeypatch.setattr(cuda_graph, "record", record)
     monkeypatch.setattr(decoding, "RECORD", {"cpu": True})
     monkeypatch.setattr(decoding, "LOOK", {"cpu": 3})
     monkeypatch.setattr(decoding, "COLUMNS", {"cpu": 16})

@@ -22,7 +22,7 @@ from conftest import read_jsonl, same_metrics, same_weights  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import common.tokenization as tok  # noqa: E402
-from common.plumbing import folders, models, ranks, runs, weights  # noqa: E402
+from common.plumbing import folders, models, ranks, runs, storage  # noqa: E402
 
 FLAGS = {
     "sft": "--micro-batch-tokens 100",
@@ -201,7 +201,7 @@ def test_a_rank_that_dies_ends_all(how, tmp_path, data):
     process.communicate(timeout=60)
     assert process.returncode != 0 and not (out / "final").exists()
     whole = folders.checkpoints(out)[-1]
-    state = weights.read_state(whole)
+    state = storage.read_state(whole)
     assert state["step"] > 0 and len(state["optimizer"]["state"]) > 10
     models.load_model(str(whole))
 
@@ -281,7 +281,7 @@ def twenty_steps(folder, data):
     seen["bf16"] = (ratio - 1).abs().mean().item()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "LARGEST_FILE", "1MB")
+        patch.setattr(storage, "LARGEST_FILE", "1MB")
         runs.save_model(folder / "in-parts", model, tokenizer)
     logp, _ = grpo.logprobs(model, tokens, mask, 1.0)
     seen["copy later"] = next(models.COPIES[model].parameters()).device.type

@@ -29,12 +29,12 @@ ARROWS = {  # module -> the modules that it imports, all of which stand above it
     "plumbing.tables": "plumbing.flags plumbing.columns plumbing.examples",
     "plumbing.data": "tokenization verifier plumbing.flags plumbing.ranks plumbing.columns"
     " plumbing.configs plumbing.examples plumbing.tables",
-    "plumbing.recording": "",
-    "plumbing.decoding": "tokenization plumbing.ranks plumbing.models plumbing.recording",
-    "plumbing.weights": "plumbing.ranks",
-    "plumbing.folders": "plumbing.flags plumbing.weights",
+    "plumbing.cuda_graph": "",
+    "plumbing.decoding": "tokenization plumbing.ranks plumbing.models plumbing.cuda_graph",
+    "plumbing.storage": "plumbing.ranks",
+    "plumbing.folders": "plumbing.flags plumbing.storage",
     "plumbing.runs": "plumbing.flags plumbing.ranks plumbing.screen plumbing.configs plumbing.memory"
-    " plumbing.models plumbing.decoding plumbing.weights plumbing.folders",
+    " plumbing.models plumbing.decoding plumbing.storage plumbing.folders",
     "plumbing.evaluation": "tokenization verifier plumbing.flags",
     "plumbing.annotator": "plumbing.flags plumbing.ranks",
 }

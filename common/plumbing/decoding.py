@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import common.tokenization as tok
-from common.plumbing import models, ranks, recording
+from common.plumbing import cuda_graph, models, ranks
 
 # a look costs a CPU nothing and a GPU a stop; new shapes cost a GPU a recording, about 0.2 s
 LOOK = {"cpu": 1, "cuda": 32}  # steps between two looks at the rows
@@ -244,7 +244,7 @@ class Batch:
         self.append(*draw(self.logits))
         self.logits = None
         every, budget = LOOK[self.device.type], self.ids.shape[1]
-        run = recording.Replay(step, generator, RECORD[self.device.type], self.not_recorded)
+        run = cuda_graph.Replay(step, generator, RECORD[self.device.type], self.not_recorded)
         for t in range(1, budget):
             if (t - 1) % every == 0:
                 alive, moved = self.look(t, min(every, budget - t))

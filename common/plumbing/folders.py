@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from common.plumbing import weights
+from common.plumbing import storage
 from common.plumbing.flags import BadInput, demand, one_line
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -120,7 +120,7 @@ def load_state(folder, args):
     is_current = not (folder / "state.pt").exists()
     demand(is_current, f"--resume: {folder} is from an older version; start without --resume.")
     try:
-        state = weights.read_state(folder)
+        state = storage.read_state(folder)
     except Exception as error:
         damaged = f"state.json or a state*.safetensors in {folder} is damaged or missing"
         raise BadInput(f"--resume: {damaged} ({one_line(error)}); start without --resume.") from None

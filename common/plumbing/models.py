@@ -76,7 +76,7 @@ def check_model(model, tokenizer, missing, name):
     write_stop_ids(model, tokenizer)
 
 
-def at_head(model, temperature):
+def logit_temperature(model, temperature):
     """What hidden states times weights are divided by: scaled logits have a temperature of their own."""
     return temperature * getattr(model, "logit_divisor", 1.0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.plumbing import configs, decoding, folders, memory, models, ranks, weights
+from common.plumbing import configs, decoding, folders, memory, models, ranks, storage
 from common.plumbing.flags import BadInput, demand, one_line
 from common.plumbing.screen import peak_memory, show, speed
 
@@ -72,10 +72,10 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
         if ranks.is_first():
             half.mkdir(parents=True)
         ranks.barrier()
-        weights.write_model(half, model, tokenizer)
+        storage.write_model(half, model, tokenizer)
         if optimizer:
             written = {name: (folder.parent / name).stat().st_size for name in folders.LOGS}
-            weights.write_state(half, state | {"optimizer": optimizer.state_dict(), "written": written})
+            storage.write_state(half, state | {"optimizer": optimizer.state_dict(), "written": written})
     except Exception as error:  # no space left, in the words of three libraries
         shutil.rmtree(half, ignore_errors=True)
         raise folders.unwritable(folder, error) from None

@@ -1,4 +1,4 @@
-"""Recording: a step of decoding as a CUDA graph, recorded once for each shape and then replayed."""
+"""CUDA graphs: a step of decoding, recorded once for each shape and then replayed."""
 
 import torch
 
