@@ -17,7 +17,7 @@ import grpo
 import rlhf_ppo as ppo
 from common.plumbing import annotator, models, runs
 from common.plumbing.flags import BadInput
-from common.plumbing.weights import read_state
+from common.plumbing.storage import read_state
 from tiny import make_tiny
 
 # ---- values of tokens ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import rft_rejection as rft
 import sft
 from common.plumbing import models, runs
 from common.plumbing.flags import BadInput
-from common.plumbing.weights import read_state
+from common.plumbing.storage import read_state
 
 FOUND = {"reward", "kept", "paths", "unsolved", "tokens_generated"}
 
