@@ -27,8 +27,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import common.tokenization as tok
 from common.plumbing import data as plumbing_data
-from common.plumbing import folders, models, runs
-from common.plumbing import weights as plumbing_weights
+from common.plumbing import folders, models, runs, storage
 
 MORE = {  # beside BASE: a run of about a second with every stage in it
     "sft": "",
@@ -175,7 +174,7 @@ def test_killed_in_the_middle_of_a_checkpoint(name, whole, child, tmp_path):
     out, left = tmp_path / "run", [{"rft_rejection": 4}.get(name, 2)]
 
     def before():
-        write = plumbing_weights.write_tensors
+        write = storage.write_tensors
 
         def half(path, tensors):
             left[0] -= 1
@@ -184,7 +183,7 @@ def test_killed_in_the_middle_of_a_checkpoint(name, whole, child, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, tensors)
 
-        plumbing_weights.write_tensors = half
+        storage.write_tensors = half
 
     end, said = child(name, out, before=before)
     assert end == -signal.SIGKILL and list(out.glob("*.half")), said

@@ -1,5 +1,6 @@
 """The tools beside the scripts, and what is declared about the project as a package."""
 
+import importlib
 import io
 import json
 import math
@@ -153,6 +154,7 @@ def contrast(a, b):
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_the_png_is_transparent_and_readable_on_both_pages(page, tmp_path):
     out = tmp_path / "curves.png"
+    importlib.reload(plot)  # figures of other tests in this process have other colours
     plot.main([write_run(tmp_path / "sft", supervised()), "--out", str(out)])
     picture = matplotlib.image.imread(out)  # RGBA
     assert (picture[..., 3] == 0).mean() > 0.8
