@@ -1,4 +1,4 @@
-"""Annotator: a person ranks completions at the terminal."""
+"""Annotator: a person ranks completions at the terminal. The simulated one is in rlhf_ppo.py."""
 
 from common.plumbing import flags, ranks
 

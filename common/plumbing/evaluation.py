@@ -32,6 +32,7 @@ def report(tokenizer, rows, responses, judge, args):
     levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
     metrics = verdict_counts(texts, verdicts, levels)
 
+    budget = args.max_new_tokens
     metrics["completions"] = []
     for i, text in enumerate(texts):
         completion = {
@@ -40,7 +41,7 @@ def report(tokenizer, rows, responses, judge, args):
             "text": text,
             "gold": golds[i],
             "correct": verdicts[i],
-            "truncated": len(responses[i]) >= args.max_new_tokens,
+            "truncated": len(responses[i]) >= budget and responses[i][-1] != tokenizer.eos_token_id,
             "temperature": 0.0 if i < len(rows) else args.eval_temperature,
         }
         metrics["completions"].append(completion)

@@ -1,4 +1,4 @@
-"""Models: load and check model folders, and the scalar heads of reward models and critics."""
+"""Models: load and check model folders; the copy that samples; reward models and critics."""
 
 from copy import deepcopy
 from functools import partial
