@@ -19,7 +19,6 @@ the allocator's peak.
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -708,8 +707,8 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="small shapes, on a CPU too")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="of --all, only these")
     parser.add_argument("--minutes", type=float, default=8, help="of --all")
-    where = os.environ.get("OUT", str(ROOT / "experiments/results"))
-    parser.add_argument("--out", default=f"{where}/decoding.json", help="record of --all")
+    record = str(ROOT / "experiments/results/decoding.json")
+    parser.add_argument("--out", default=record, help="record of --all")
     parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"], choices=["0.5B", "1.5B", "7B"])
     parser.add_argument("--how", nargs="+", default=["plain", "recomputed"], choices=["plain", "recomputed"])
     parser.add_argument("--report", action="store_true", help="run nothing")
