@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--output-dir", default="runs/idft_hinted", help="folder for logs, checkpoints and final/")
     add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
     add("--steps", type=flags.steps, default=200, help="training steps; 0 only evaluates")
-    add("--save-every", type=flags.integer(0), default=50, help="every N steps; 0: never")
+    add("--save-every", type=flags.integer(0), default=50, help="save every N steps; 0: never")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny/model", help="hub name or folder of the initial policy")
@@ -56,12 +56,12 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold; else the solution's")
+    add("--answer-key", default="answer", help="column with the gold, else in the solution")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; must contain {question}")
     add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="learning rate")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="peak learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget per response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=flags.integer(0), default=0, help="N steps; 0: start and end only")
+    add("--eval-every", type=flags.integer(0), default=0, help="evaluate every N steps; 0: start and end")
     add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
     add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
     add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="temperature of these samples")

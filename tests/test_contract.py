@@ -238,7 +238,7 @@ def test_every_number_has_bounds(name):
             assert action.type is None, f"{flag}: a number without a default"
             continue
         numbers += 1
-        assert action.type(str(action.default)) == action.default, flag
+        assert action.type(repr(action.default)) == action.default, flag
         for text in ("nan", "inf", "-inf", str(10**31), str(-(10**31)), "many"):
             with pytest.raises(argparse.ArgumentTypeError, match="must be"):
                 action.type(text)

@@ -137,10 +137,14 @@ class Rate(float):
     A learning rate that the user gives is a plain float.
     """
 
-    def __new__(cls, tiny, real=None):
+    def __new__(cls, tiny, real):
         rate = super().__new__(cls, tiny)
         rate.usual = real
         return rate
+
+    def __str__(self):
+        """What --help shows as the default."""
+        return f"{float(self):g}, or {self.usual:g} for a real model"
 
 
 def settle_rates(args, is_small):
