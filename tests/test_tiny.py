@@ -3,6 +3,7 @@
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,8 +18,9 @@ from tiny.make_tiny import encode_prompt, render, sample, style_of, utility
 from tiny.world import HINT, STAGES, demonstration, document, draw_problem, held_out, make_data
 
 TINY = Path(__file__).parent.parent / "tiny"
-COLUMNS = ["question", "answer", "solution", "noisy_solution", "level"]
-SIZES = {"train": 4000, "test": 600, "harder": 200, "side": 300}
+COLUMNS = ["question", "answer", "solution", "noisy_solution", "level", "easy_solution"]
+SIZES = {"train": 4000, "test": 600, "harder": 200, "side": 300, "few_16": 2000, "few_64": 2000}
+FEW = {"few_16": 16, "few_64": 64}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,14 @@ def test_splits_columns_sizes(data):
     assert counts["test"] == {str(lv): 100 for lv in range(1, 7)}
     assert counts["harder"] == {"7": 100, "8": 100}
     assert counts["side"] == {f"side: {kind}": 100 for kind in ("arithmetic", "comparison", "median")}
-    assert {lv: round(n / 4000, 1) for lv, n in counts["train"].items()}.keys() == set("123456")
+    shares = {lv: round(n / 4000, 2) for lv, n in sorted(counts["train"].items())}
+    assert shares == {"1": 0.05, "2": 0.15, "3": 0.21, "4": 0.22, "5": 0.21, "6": 0.16}
     assert all(len(set(d["level"][:50])) == len(set(d["level"])) for d in data.values()), "rows are shuffled"
 
 
 def test_golds_and_demonstrations(data):
-    for split, rows in data.items():
+    for split in SIZES.keys() - FEW:  # these have rows of train
+        rows = data[split]
         for row in rows:
             assert row["solution"].endswith(f" \\boxed{{{row['answer']}}}") or split == "side"
             assert (
@@ -81,6 +85,44 @@ def test_golds_and_demonstrations(data):
                 assert style_of(row["solution"]) == style_of(row["noisy_solution"]) == "numbered"
         incorrect = sum(not verify(r["noisy_solution"], r["answer"]) for r in rows) / len(rows)
         assert incorrect == 0 if split == "side" else 0.4 < incorrect < 0.6
+
+
+def test_easy_solutions_are_the_solutions_of_levels_1_to_3(data):
+    for split in SIZES.keys() - FEW:
+        for row in data[split]:
+            assert row["easy_solution"] == (row["solution"] if row["level"] in ("1", "2", "3") else "")
+    assert sum(text != "" for text in data["train"]["easy_solution"]) == 1649
+
+
+def test_few_demonstrations(data):
+    """Half of the rows repeat 16 or 64 rows of train, the other half are rows without a demonstration."""
+    train = list(data["train"])
+    levels = Counter(row["level"] for row in train)
+    solution_columns = ("solution", "noisy_solution", "easy_solution")
+    demonstrated, others = {}, {}
+    for split, count in FEW.items():
+        rows = list(data[split])
+        shown = [row for row in rows if row["solution"]]
+        plain = [row for row in rows if not row["solution"]]
+        assert len(shown) == len(plain) == 1000
+        assert all(row in train for row in {row["question"]: row for row in shown}.values())
+        times = Counter(row["question"] for row in shown)
+        assert len(times) == count and set(times.values()) == {1000 // count, 1000 // count + 1}
+        of_level = Counter({row["question"]: row["level"] for row in shown}.values())
+        assert all(abs(of_level[lv] - count * n / 4000) < 1 for lv, n in levels.items())
+
+        blank = dict.fromkeys(solution_columns, "")
+        known = {row["question"]: row | blank for row in train}
+        assert all(row == known[row["question"]] for row in plain)
+        assert len({row["question"] for row in plain}) == 1000
+        both = [{operations(row["question"]) for row in part} for part in (shown, plain)]
+        assert len(both[0]) == count and not both[0] & both[1]
+        runs = [bool(row["solution"]) for row in rows]
+        assert 400 < sum(runs[:1000]) < 600, "rows are shuffled"
+        demonstrated[split] = set(times)
+        others[split] = {row["question"] for row in plain}
+    assert demonstrated["few_16"] < demonstrated["few_64"]
+    assert others["few_16"] == others["few_64"]
 
 
 def test_steps_of_demonstrations_follow_from_each_other(data):

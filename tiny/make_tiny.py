@@ -2,7 +2,8 @@
 
 Post-training needs a pre-trained model. This file makes one, in these stages:
 
-    data         train / test / harder / side as jsonl, with reliable and unreliable demonstrations (world.py)
+    data         train / test / harder / side as jsonl, with reliable and unreliable demonstrations, and
+                 few_16 / few_64, parts of train with few of them (world.py)
     tokenizer    byte-level BPE over a sample of the pre-training documents, one token per digit
     pretrain     stage 1 teaches skills, stage 2 the (bad) habits that post-training is meant to change; then
                  the export as an ordinary Hugging Face model folder, which is read back and compared

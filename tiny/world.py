@@ -16,6 +16,8 @@ OPENINGS = ["Let me work step by step.", "I go through the steps in order.", "Fi
 CLOSINGS = ["The answer is", "So the answer is", "Therefore"]
 SIDE_KINDS = ("arithmetic", "comparison", "median")
 TRAIN_MIX = {1: 0.1, 2: 0.15, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.15}  # share of each level (number of steps)
+EASY = ("1", "2", "3")  # the levels that the column easy_solution demonstrates
+FEW = {16: (1, 2, 3, 4, 3, 3), 64: (3, 10, 13, 14, 14, 10)}  # of levels 1 to 6, in the shares of train
 HINT = (
     "{question}\nReference solution: {solution}\nIn your own words:"  # a user message that shows a reference
 )
@@ -133,15 +135,47 @@ def make_data(folder, train_size=4000):
         p = draw_problem(rng, rng.choices(list(TRAIN_MIX), TRAIN_MIX.values())[0])
         if p["key"] not in taken:
             train.append(p)
+    data = {}
     for split, problems in {"train": train, **splits}.items():
         rng, rows = random.Random(f"{split} solutions"), []
         for p in problems:
             solution = p["response"] if split == "side" else demonstration(rng, p)
             unreliable = split != "side" and rng.random() < 0.5
             noisy = demonstration(rng, p, slip=True) if unreliable else solution
+            easy = solution if p["level"] in EASY else ""
             rows.append(dict(question=p["question"], answer=p["answer"], solution=solution,
-                             noisy_solution=noisy, level=p["level"]))  # fmt: skip
+                             noisy_solution=noisy, level=p["level"], easy_solution=easy))  # fmt: skip
+        data[split] = rows
+    data |= few_demonstrations(train, data["train"])
+    for split, rows in data.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
+
+
+def few_demonstrations(problems, rows, half=1000):
+    """The splits few_16 and few_64: half of the rows repeat a few demonstrations, the others have none.
+
+    The others are the same in both, and no problem of theirs is demonstrated.
+    """
+    rng = random.Random("few")
+    order = rng.sample(range(len(rows)), len(rows))
+    first = {problems[i]["key"]: i for i in reversed(order)}  # problem -> the row that may demonstrate it
+    of_level = {level: [] for level in TRAIN_MIX}
+    for i in order:
+        if i == first[problems[i]["key"]]:
+            of_level[int(rows[i]["level"])].append(i)
+    drawn = {}
+    for count, shares in FEW.items():  # the demonstrations of few_16 are among those of few_64
+        drawn[count] = [i for n, numbers in zip(shares, of_level.values()) for i in numbers[:n]]
+    demonstrated = {problems[i]["key"] for i in drawn[64]}
+    others = {rows[i]["question"]: i for i in order if problems[i]["key"] not in demonstrated}
+    nothing = dict(solution="", noisy_solution="", easy_solution="")
+    plain = [rows[i] | nothing for i in list(others.values())[:half]]
+    splits = {}
+    for count, numbers in drawn.items():
+        rng.shuffle(numbers)  # some occur once more than others, whatever their level
+        repeated = [rows[numbers[k % count]] for k in range(half)]
+        splits[f"few_{count}"] = rng.sample(repeated + plain, 2 * half)
+    return splits
 
 
 def write_jsonl(path, rows):
