@@ -48,9 +48,11 @@ def check_lengths(rows, name, args, demonstrations=False):
     [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
     budget = args.max_new_tokens
     longest = getattr(args, "max_demo_tokens", None)  # responses that are not sampled end there
-    solutions = rows["solution"] if demonstrations else [""] * len(rows)
+    solutions = rows["solution"] if demonstrations else [None] * len(rows)
     for i, (question, solution) in enumerate(zip(rows["question"], solutions)):
-        most = max(budget, len(solution.encode()) + 1)  # + 1: EOS
+        most = budget
+        if solution:
+            most = max(budget, len(solution.encode()) + 1)  # + 1: EOS
         if len(frame) + len(question.encode()) + most <= positions:
             continue
         [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
@@ -75,8 +77,8 @@ def load_splits(args, demonstrations=False, no_gold=False):
     The held-out rows are --eval-split of --eval-data (or of --data), by default its split
     "test". Where there is none, a tenth of the questions is held out. No question that is held
     out is trained on. Held-out rows have a column `gold`. So have training rows, but with
-    `demonstrations` they need a solution instead. `no_gold`: data without gold answers will
-    do, and then no response is correct.
+    `demonstrations` they have a solution instead, and rows without one are left out. `no_gold`:
+    data without gold answers will do, and then no response is correct.
     """
     ranks.shard()  # from here on only the first rank prints
     flags.check(args)
@@ -84,7 +86,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
     flags.settle_rates(args, configs.is_small(configs.load_config(args)))
     continues_demonstrations = getattr(args, "prefix_schedule", "none") != "none"
     needs_column = demonstrations or continues_demonstrations
-    train = load_questions(args.data, args.split, args, "--data", needs_column, demonstrations, no_gold)
+    train = load_questions(args.data, args.split, args, "--data", needs_column, no_gold)
     path, flag = args.eval_data or args.data, "--eval-data" if args.eval_data else "--data"
     split = held_out_split(path, flag, args)
     test = load_questions(path, split, args, flag, no_gold=no_gold) if split else None
@@ -104,6 +106,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
         train = with_gold(train, args, no_gold)
     test = with_gold(test, args, no_gold)
     if needs_column:
+        train = examples.demonstrated(train, args, demonstrations)
         train = examples.check_budget(train, args)
     test = subset(test, args.eval_questions, args.seed)
     args.fingerprint = fingerprint(train, test)  # a resumed run must have the same rows

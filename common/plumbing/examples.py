@@ -21,6 +21,7 @@ def cleaned(rows, name, args):
     if "solution" in rows.column_names:
         column = f"--solution-key {args.solution_key}"
         solutions = clean(rows["solution"], column, name, tokenizer, marks, args)
+        solutions = [text if text and text.strip() else None for text in solutions]  # None: not demonstrated
         rows = rows.remove_columns("solution").add_column("solution", solutions)
     return rows
 
@@ -99,10 +100,13 @@ def frame(tokenizer, args):
 
 
 def look(rows, name, args, show=True):
-    """The first question's prompt as ids: checked, and with `show` printed with its demonstration."""
+    """The first question's prompt as ids, checked; with `show` the first demonstrated one's, and printed."""
     tokenizer, config = configs.load_tokenizer(args), configs.load_config(args)
     frame(tokenizer, args)
-    question = rows[0]["question"]
+    row = 0
+    if show and "solution" in rows.column_names:
+        row = next((i for i, text in enumerate(rows["solution"]) if text), 0)
+    question = rows[row]["question"]
     [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
     shown = tokenizer.decode(prompt)
     asked = [question, tokenizer.decode(tokenizer.encode(question, add_special_tokens=False))]
@@ -116,9 +120,9 @@ def look(rows, name, args, show=True):
     demand(not outside, f"--model {args.model}: {sentence}")
     sentence = f"its prompts end in {tokenizer.decode(prompt[-1:])}, which ends a response; {remedy}."
     demand(not ends(tokenizer, config, prompt, question, args), f"--model {args.model}: {sentence}")
-    if show and "solution" in rows.column_names and rows[0]["solution"]:
-        response = tokenizer.decode(encode_response(tokenizer, rows[0]["solution"]))
-        print(f"{name}, row 0, the demonstration in brackets:\n{shortened(shown)}[{shortened(response)}]")
+    if show and "solution" in rows.column_names and rows[row]["solution"]:
+        response = tokenizer.decode(encode_response(tokenizer, rows[row]["solution"]))
+        print(f"{name}, row {row}, the demonstration in brackets:\n{shortened(shown)}[{shortened(response)}]")
 
 
 def ends(tokenizer, config, prompt, question, args):
@@ -144,7 +148,22 @@ def letters(text):
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
-# ---- lengths ---------------------------------------------------------------------------------------------
+# ---- demonstrations and their lengths --------------------------------------------------------------------
+
+
+def demonstrated(rows, args, required):
+    """The training rows with a demonstration; all of them, if a row may do without one."""
+    kept = [i for i, text in enumerate(rows["solution"]) if text]
+    name = f"--solution-key {args.solution_key}"
+    demand(kept, f"{name}: not one training row has a demonstration; name another column.")
+    if len(kept) == len(rows):
+        return rows
+    share = f"{len(rows) - len(kept):,} of {len(rows):,} training rows have no demonstration ({name})"
+    if not required:
+        print(f"{share}: they are sampled without a prefix")
+        return rows
+    print(f"{share}: they are left out")
+    return rows.select(kept)
 
 
 def check_budget(rows, args):
@@ -157,7 +176,8 @@ def check_budget(rows, args):
     long = [i for i, text in enumerate(solutions) if text and is_longer(tokenizer, text, most)]
     if not long:
         return rows
-    share = f"{len(long):,} of {len(rows):,} demonstrations ({len(long) / len(rows):.0%})"
+    count = sum(text is not None for text in solutions)
+    share = f"{len(long):,} of {count:,} demonstrations ({len(long) / count:.0%})"
     if not hybrid:
         print(f"{share} exceed {flag} {most}: they are trained up to there, without EOS")
         return rows

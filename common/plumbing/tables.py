@@ -63,12 +63,12 @@ def texts(cells, name, column, role="user", required=True, row=None):
 # ---- questions and pairs ---------------------------------------------------------------------------------
 
 
-def load_questions(path, split, args, flag, needs_solution=False, demonstrations=False, no_gold=False):
+def load_questions(path, split, args, flag, needs_solution=False, no_gold=False):
     """The columns that the flags name, under the names of the scripts, which none of the user's can take.
 
     `question`, and where they exist `solution`, `answer` (a list: any of them is correct) and
-    `level`. With `demonstrations` each row must have a solution, with `needs_solution` there must
-    be the column. Without `no_gold` there must be something to read a gold answer from.
+    `level`. A row may lack a solution, but with `needs_solution` there must be the column.
+    Without `no_gold` there must be something to read a gold answer from.
     """
     keys = {"question": args.question_key, "solution": args.solution_key, "answer": args.answer_key}
     cells, names = cells_of(path, split, flag, [*keys.values(), "level"])
@@ -83,7 +83,7 @@ def load_questions(path, split, args, flag, needs_solution=False, demonstrations
     rows["question"] = texts(cells[args.question_key], name, f"--question-key {args.question_key}")
     if args.solution_key in names:
         column = f"--solution-key {args.solution_key}"
-        rows["solution"] = texts(cells[args.solution_key], name, column, "assistant", demonstrations)
+        rows["solution"] = texts(cells[args.solution_key], name, column, "assistant", False)
     if args.answer_key in names:
         rows["answer"] = []
         for i, cell in enumerate(cells[args.answer_key]):
