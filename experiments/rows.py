@@ -1,0 +1,160 @@
+"""What the study compares: regimes of demonstrations, rows, learning rates, seeds and claims.
+
+This file is the list; experiments/protocol.md says why, and both were committed before the first run.
+experiments/study.py runs the rows, experiments/report.py makes tables, verdicts and figures of the records.
+"""
+
+from dataclasses import dataclass
+
+# name: flags of the scripts that read demonstrations, levels of the primary number
+REGIMES = {
+    "answers": ("", "123456"),  # no demonstrations, only answers
+    "all": ("", "123456"),  # each question is demonstrated
+    "easy": ("--solution-key easy_solution", "456"),  # regime A: levels 1 to 3 are demonstrated
+    "few 64": ("--split few_64", "123456"),  # regime B: 64 questions are demonstrated
+    "few 16": ("--split few_16", "123456"),
+    "noisy": ("--solution-key noisy_solution", "123456"),  # half of the demonstrations are incorrect
+}
+TUNING_SEEDS = (101, 102)
+SEEDS = tuple(range(11, 21))  # the first five of them, or all ten for the main contrasts
+SUPERVISED = (2e-4, 4e-4, 9e-4, 2e-3)  # learning rates tried
+RL = (1e-4, 2e-4, 4e-4, 8e-4)
+LOW = (1e-5, 3e-5, 1e-4, 3e-4)  # of preference losses and of training on own samples
+SHARES = ((50, 80), (100, 60), (150, 40))  # steps of SFT and of GRPO after it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in a regime. Its command lacks the learning rate, which is tuned, and the seed."""
+
+    name: str
+    regime: str
+    command: str
+    rates: tuple
+    seeds: int = 5
+    after_sft: bool = False  # SFT of the same regime comes first, and its share is tuned, too
+
+    @property
+    def key(self):
+        return f"{self.regime}: {self.name}"
+
+
+HYBRID = "prefix_rft.py --prefix-schedule full --prefix-loss all"  # whole demonstrations, every token
+IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
+
+
+def core(regime, seeds):
+    """Prefix-RFT and what it is compared with, GRPO apart: that has no demonstrations."""
+    return [
+        Row("sft", regime, "sft.py", SUPERVISED, seeds),
+        Row("prefix_rft", regime, "prefix_rft.py", RL, seeds),
+        Row("sft, then grpo", regime, "grpo.py", RL, seeds, after_sft=True),
+        Row("luffy", regime, f"{HYBRID} --prefix-weight luffy", RL, seeds),
+    ]
+
+
+# in the order in which they are run
+ROWS = [
+    Row("grpo", "answers", "grpo.py", RL, 10),
+    *core("easy", 10),
+    *core("few 64", 10),
+    Row("dft", "easy", f"{IDFT} off --weight dft", SUPERVISED),
+    Row("dft", "few 64", f"{IDFT} off --weight dft", SUPERVISED),
+    Row("sft", "all", "sft.py", SUPERVISED),
+    Row("sft, 1,600 demonstrations", "all", "sft.py --steps 100", SUPERVISED),
+    Row("dft", "all", f"{IDFT} off --weight dft", SUPERVISED),
+    Row("eaft", "all", f"{IDFT} off --weight eaft", SUPERVISED),
+    Row("idft", "all", f"{IDFT} off --weight idft", SUPERVISED),
+    Row("prefix_rft", "all", "prefix_rft.py", RL),
+    *core("noisy", 5),
+    *core("few 16", 5),
+    Row("prefix_rft, whole prefix", "easy", "prefix_rft.py --prefix-loss all", RL),
+    Row("prefix_rft, prefix not trained", "easy", "prefix_rft.py --prefix-loss none", RL),
+    Row("prefix_rft, random 20 %", "easy", "prefix_rft.py --prefix-loss random", RL),
+    Row("prefix_rft, bottom 20 %", "easy", "prefix_rft.py --prefix-loss bottom", RL),
+    Row("prefix_rft, uniform", "easy", "prefix_rft.py --prefix-schedule uniform", RL),
+    Row("prefix_rft, 10 % demonstrated", "all", "prefix_rft.py --demo-fraction 0.1", RL),
+    Row("prefix_rft, 1 % demonstrated", "all", "prefix_rft.py --demo-fraction 0.01", RL),
+    Row("sft, then grpo", "all", "grpo.py", RL, after_sft=True),
+    Row("luffy", "all", f"{HYBRID} --prefix-weight luffy", RL),
+    Row("rft, k = 1", "answers", f"{RFT} --k 1", LOW),
+    Row("rft, k = 4", "answers", f"{RFT} --k 4", LOW),
+    Row("rft, k = 16", "answers", f"{RFT} --k 16", LOW),
+    Row("rft, k = 4, continue", "answers", f"{RFT} --k 4 --restart continue", LOW),
+    Row("hinted + sft", "all", f"{IDFT} on --weight sft", SUPERVISED),
+    Row("hinted + dft", "all", f"{IDFT} on --weight dft", SUPERVISED),
+    Row("hinted + idft", "all", f"{IDFT} on --weight idft", SUPERVISED),
+    Row("dpo", "answers", "dpo.py --loss dpo", LOW),
+    Row("simpo", "answers", "dpo.py --loss simpo", LOW),
+    Row("grpo, std and length", "answers", "grpo.py --advantage grpo --loss-norm sequence", RL),
+]
+BY_KEY = {row.key: row for row in ROWS}
+PREFIX, EASY, FEW = "prefix_rft", "easy", "few 64"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, and the comparisons that would have to hold: (better, worse, number) each."""
+
+    text: str
+    source: str
+    comparisons: tuple
+
+
+def over(better, others, number="primary"):
+    return tuple((better, other, number) for other in others)
+
+
+def contrasts(regime):
+    others = [f"{regime}: {name}" for name in ("sft", "sft, then grpo", "luffy")]
+    return over(f"{regime}: {PREFIX}", [*others, "answers: grpo"])
+
+
+CLAIMS = [
+    Claim("Prefix-RFT is above SFT, GRPO, SFT then GRPO and LUFFY: demonstrations of easy questions",
+          "2507.01679: 51.8; 44.1, 45.5, 48.2, 50.1", contrasts(EASY)),
+    Claim("the same: few demonstrations", "", contrasts(FEW)),
+    Claim("SFT then GRPO is above the methods that mix",
+          "2604.23747: 57.0; 51.8 Prefix-RFT, 46.3 LUFFY",
+          tuple((f"{regime}: sft, then grpo", f"{regime}: {mixed}", "primary")
+                for regime in (EASY, FEW) for mixed in (PREFIX, "luffy"))),
+    Claim("RL and Prefix-RFT generalise from easy demonstrations, SFT does not", "",
+          over(f"{EASY}: {PREFIX}", [f"{EASY}: sft"]) + over(f"{EASY}: sft, then grpo", [f"{EASY}: sft"])),
+    Claim("of a prefix, train the tokens of highest entropy: not all, none, random ones or the lowest",
+          "2507.01679: 51.8; 45.7 all, 45.4 none",
+          over(f"{EASY}: {PREFIX}", [f"{EASY}: {PREFIX}, {x}" for x in
+               ("whole prefix", "prefix not trained", "random 20 %", "bottom 20 %")])),
+    Claim("a cosine schedule of prefix lengths is above a uniform one", "2507.01679: a figure",
+          over(f"{EASY}: {PREFIX}", [f"{EASY}: {PREFIX}, uniform"])),
+    Claim("10 % or 1 % of the demonstrations suffice: above GRPO", "2507.01679: 40.8, 37.6; 30.0",
+          tuple((f"all: {PREFIX}, {share} % demonstrated", "answers: grpo", "primary") for share in (10, 1))),
+    Claim("half of the demonstrations incorrect: Prefix-RFT is above SFT, SFT then GRPO, LUFFY, and GRPO", "",
+          contrasts("noisy")),
+    Claim("Prefix-RFT forgets less than SFT", "",
+          tuple((f"{r}: {PREFIX}", f"{r}: sft", "side") for r in ("all", EASY, FEW))),
+    Claim("Prefix-RFT is above SFT at equal numbers of demonstrations", "",
+          over(f"all: {PREFIX}", ["all: sft, 1,600 demonstrations"])),
+    Claim("RL raises pass@1", "2402.03300: a figure", over("answers: grpo", ["base"])),
+    Claim("Dr. GRPO is above GRPO with 1/std and own lengths, both without KL", "",
+          over("answers: grpo", ["answers: grpo, std and length"])),
+    Claim("RL is above rejection sampling, at more samples (k = 16) and at fewer (k = 1)", "",
+          over("answers: grpo", ["answers: rft, k = 16", "answers: rft, k = 1"])),
+    Claim("RFT grows with k, at equal steps", "2308.01825: 41.7 k = 100, 49.3 pooled",
+          over("answers: rft, k = 16", ["answers: rft, k = 1"])),
+    Claim("continuing from the last round is above starting again", "",
+          over("answers: rft, k = 4, continue", ["answers: rft, k = 4"])),
+    Claim("DFT is above SFT", "2508.05629: 31.6; 18.0",
+          tuple((f"{r}: dft", f"{r}: sft", "primary") for r in ("all", EASY, FEW))),
+    Claim("IDFT is above SFT and DFT", "2602.12222: 68; 60, 65, read from a chart",
+          over("all: idft", ["all: sft", "all: dft"])),
+    Claim("self-generated targets reduce forgetting: hinted + SFT over SFT", "",
+          (("all: hinted + sft", "all: sft", "side"),)),
+    Claim("hinted + IDFT is above DPO and SimPO", "2602.12222: 27.4; 22.4 DPO",
+          over("all: hinted + idft", ["answers: dpo", "answers: simpo"])),
+]  # fmt: skip
+NOT_TESTABLE = {  # what this world cannot answer, and why
+    "pass@k at large k": "64 tries mostly test guessing: the base solves 66 % at 1.7 % a try",
+    "incorrect answers stop growing under Dr. GRPO": "responses have 50 tokens and never reach the budget",
+    "DAPO's length limit": "the same",
+    "IDFT forgets less than SFT": "to be compared at equal pass@1, which IDFT does not reach",
+}
