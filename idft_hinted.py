@@ -12,7 +12,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     data    --hinted on: the model's own solution where it is correct, else a rewrite of the
             demonstration if that is correct: sampled from m, one model in two contexts, with the
             demonstration (hinted) and without it (student)
-    weight  p ^ gamma; gamma = 0 is SFT, 1 is DFT; EAFT's weight is H / log V
+    weight  p ^ gamma; gamma = 0 is SFT, 1 is DFT; EAFT is H / log V, as in the IDFT authors' code
     mask    the response, EOS included
     Z       response tokens of the global batch (the official code takes means of micro-batches)
 With --hinted off --weight sft it is sft.py, bit by bit.
@@ -45,45 +45,45 @@ def parse_args(argv=None):
     add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
     add("--steps", type=flags.steps, default=200, help="training steps; 0 only evaluates")
     add("--save-every", type=flags.integer(0), default=50, help="save every N steps; 0: never")
-    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add("--resume", action="store_true", help="continue this run from its newest checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--model", default="tiny/model", help="hub name or folder of the model to train")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of activations")
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower training")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or json(l), csv, parquet file")
     add("--split", default="train", help="split to train on")
     add("--eval-data", help="data set with the held-out rows; default: --data")
-    add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
+    add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else in the solution")
+    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
-    add("--prompt-template", default="{question}", help="prompt; must contain {question}")
-    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
+    add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
+    add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="peak learning rate")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(9e-4, 6e-5), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
-    add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps until --lr is reached")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip gradients to this norm")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
-    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="tokens in one pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits, also in the loss")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget per response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling and the loss")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="max tokens per response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=flags.integer(0), default=0, help="evaluate every N steps; 0: start and end")
-    add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
-    add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
-    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="temperature of these samples")
+    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions used")
+    add("--eval-samples", type=flags.integer(0), default=4, help="per question; 0: greedy only")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of --eval-samples")
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
     weights = ["sft", "dft", "eaft", "idft"]
-    add("--weight", choices=weights, default="idft", help="token weight: 1, p, H / log V or p^gamma")
-    add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations before training")
-    add("--beta", type=flags.number(0), default=1.0, help="influence of the student; 0: none")
-    add("--hint-template", default=HINT, help="prompt template of the hinted context")
+    add("--weight", choices=weights, default="idft", help="weight of tokens; sft: all equal")
+    add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations first")
+    add("--beta", type=flags.number(0), default=1.0, help="own style in rewrites; 0: none")
+    add("--hint-template", default=HINT, help="prompt of rewrites: {question}, {solution}")
     return parser.parse_args(argv)
 
 

@@ -12,11 +12,12 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     weight  1, as in sft.py: an incorrect sample is left out, not pushed down as in grpo.py
     mask    the response, EOS included
     Z       response tokens of the whole global batch
-One round from the base model is RFT; several rounds are STaR (--rationalize) and ReST-EM; RAFT and
-expert iteration are --restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
+RFT is one round: samples of an SFT model train its base; its check of the equations in a sample is
+not here. Several rounds are STaR (--rationalize --k 1) and ReST-EM; RAFT and expert iteration are
+--restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
 
     python rft_rejection.py            # tiny world, minutes on 2 CPU cores
-    python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold       # as in the paper
+    python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold    # samples of SFT, its base
     python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5
     # set the lengths for your data, for example --max-demo-tokens 2048 --max-new-tokens 2048
 """
@@ -39,51 +40,51 @@ def parse_args(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--output-dir", default="runs/rft_rejection", help="folder for logs, checkpoints and final/")
     add("--seed", type=flags.integer(0), default=0, help="seed of every random draw")
-    add("--steps", type=flags.steps, default=200, help="training steps per round; 0 only evaluates")
+    add("--steps", type=flags.steps, default=200, help="steps per round; 0 only evaluates")
     add("--save-every", type=flags.integer(0), default=50, help="save every N steps; 0: never")
-    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add("--resume", action="store_true", help="continue this run from its newest checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny/model", help="hub name or folder of the initial policy")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of activations; weights stay fp32")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--model", default="tiny/model", help="hub name or folder of the model to train")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of activations")
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower training")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="tiny/data", help="hub name, folder or json(l), csv, parquet file")
     add("--split", default="train", help="split to train on")
     add("--eval-data", help="data set with the held-out rows; default: --data")
-    add("--eval-split", help="split with the held-out rows; default: test, else a tenth of --split")
+    add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with the gold, else in the solution")
+    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
-    add("--prompt-template", default="{question}", help="prompt; must contain {question}")
-    add("--chat-template", choices=["on", "off"], default="on", help="off: a plain prompt")
+    add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
+    add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=flags.number(0, 1), default=flags.Rate(1e-4, 2e-5), help="peak learning rate")
+    add("--lr", type=flags.number(0, 1), default=flags.Rate(1e-4, 2e-5), help="learning rate")
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
-    add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
-    add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
+    add("--warmup-steps", type=flags.integer(0), default=5, help="steps until --lr is reached")
+    add("--max-grad-norm", type=flags.positive, default=1.0, help="clip gradients to this norm")
     add("--batch-size", type=flags.integer(1), default=16, help="demonstrations per step")
-    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
+    add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="tokens in one pass")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=flags.number(1e-3), default=1.0, help="sampling temperature; training is at 1")
-    add("--max-new-tokens", type=flags.integer(1), default=100, help="token budget per response")
+    add("--temperature", type=flags.number(1e-3), default=1.0, help="of sampling, not training")
+    add("--max-new-tokens", type=flags.integer(1), default=100, help="max tokens per response")
     add("--sample-rows", type=flags.integer(1), default=512, help="responses sampled at once")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", type=flags.integer(0), default=0, help="evaluate every N steps; 0: start and end")
-    add("--eval-questions", type=flags.integer(1), default=300, help="number of held-out questions")
-    add("--eval-samples", type=flags.integer(0), default=4, help="samples per question")
-    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="temperature of these samples")
+    add("--eval-questions", type=flags.integer(1), default=300, help="held-out questions used")
+    add("--eval-samples", type=flags.integer(0), default=4, help="per question; 0: greedy only")
+    add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of --eval-samples")
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
     add("--k", type=flags.integer(0), default=8, help="samples per question and round")
-    add("--questions", type=flags.integer(0), default=1000, help="training questions to sample; 0: all")
-    add("--keep-per-question", type=flags.integer(0), default=0, help="limit on kept samples; 0: none")
-    add("--add-gold", action="store_true", help="also train on the demonstrations of these questions")
+    add("--questions", type=flags.integer(0), default=1000, help="questions per round; 0: all")
+    add("--keep-per-question", type=flags.integer(0), default=0, help="samples kept; 0: all")
+    add("--add-gold", action="store_true", help="also train on the demonstrations")
     const = "{question}\nAnswer: {gold}"
-    add("--rationalize", nargs="?", const=const, help="STaR: retry unsolved questions, shown the gold")
+    add("--rationalize", nargs="?", const=const, help="STaR: retry failures, shown the answer")
     add("--rounds", type=flags.integer(1), default=1, help="rounds of sampling and training")
-    add("--restart", choices=["base", "continue"], default="base", help="what each round starts from")
-    add("--base", help="model of --restart base; default: --model")
+    add("--restart", choices=["base", "continue"], default="base", help="start of each round")
+    add("--base", help="model that --restart base trains; default: --model")
     return parser.parse_args(argv)
 
 

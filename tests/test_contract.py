@@ -261,6 +261,16 @@ def test_flags_that_scripts_share_mean_the_same():
         assert len(set(found.values())) == 1, f"{flag}: {found}"
 
 
+def test_flags_that_scripts_share_have_one_help():
+    """But for those that count other things: steps of a round, pairs, questions."""
+    helps = {}
+    for name in LINES:
+        for flag, action in arguments(name).items():
+            helps.setdefault(flag, set()).add(action.help)
+    several = {flag for flag, texts in helps.items() if len(texts) > 1}
+    assert several == {"--steps", "--temperature", "--batch-size", "--k", "--beta"}
+
+
 # ---- two scripts -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """DPO and SimPO: worked examples, float64 gradients, pairs, log-probabilities of pi_0, resuming."""
 
+import re
 from math import exp, log
 from types import SimpleNamespace
 
@@ -269,3 +270,22 @@ def test_a_preference_set_end_to_end(train, tmp_path):
     stored = [row["solution"] for row in lines if row.get("kind") != "evaluation"]
     assert stored == [text for p in pairs for text in (p["chosen"], p["rejected"])]
     assert read_jsonl(out / "metrics.jsonl")[-1]["step"] == 2
+
+
+# -- the recipes of the page ------------------------------------------------------------------------------
+
+SIMPO = {  # beta, margin / beta, learning rate: the table of the authors' README
+    "Mistral-Base": (2.0, 0.8, 3e-7),
+    "Mistral-Instruct": (2.5, 0.1, 5e-7),
+    "Llama3-Base": (2.0, 0.5, 6e-7),
+    "Llama3-Instruct": (2.5, 0.55, 1e-6),
+}
+
+
+def test_the_recipe_of_simpo_is_a_row_of_its_table():
+    page = (ROOT / "docs/methods/dpo.md").read_text().replace("\\\n", " ")
+    [recipe] = re.findall(r"^python dpo.py (.* --simpo-beta .*)$", page, re.M)
+    args = dpo.parse_args(recipe.split())
+    assert (args.loss, args.schedule, args.batch_size) == ("simpo", "cosine", 128)
+    row = (args.simpo_beta, args.simpo_margin / args.simpo_beta, args.lr)
+    assert row == pytest.approx(SIMPO["Llama3-Instruct"])

@@ -79,6 +79,29 @@ def test_loss_and_gradient_against_float64(kind, seed):
     np.testing.assert_allclose(x.grad.numpy(), gradient, atol=1e-7)  # log V is fp32
 
 
+def test_eaft_has_two_published_forms_which_the_tiny_world_cannot_tell_apart(tiny):
+    """Ours is the IDFT authors' H / log V; EAFT's authors take the 20 most likely tokens over log 20.
+
+    Up to a factor, which Adam removes, they are the same on demonstrations of the tiny world.
+    """
+    model, tokenizer = tiny
+    rows = read_jsonl(ROOT / "tiny/data/train.jsonl")[:64]
+    prompts = tok.encode_prompts(tokenizer, [row["question"] for row in rows])
+    responses = [tok.encode_response(tokenizer, row["solution"]) for row in rows]
+    tokens, mask = tok.join(prompts, responses, model.device)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1][mask[:, 1:].bool()].double()  # [tokens, V]
+    all_logp = logits.log_softmax(-1)
+    entropy = -(all_logp.exp() * all_logp).sum(-1)
+    logp = torch.zeros_like(entropy).requires_grad_()
+    idft.idft_loss(logp, entropy, torch.ones_like(entropy), 1, 479, settings("eaft")).backward()
+    top = logits.topk(20).values.log_softmax(-1)
+    theirs = -(top.exp() * top).sum(-1) / 3.0
+    assert torch.corrcoef(torch.stack([-logp.grad, theirs]))[0, 1] > 0.9998
+    ratio = -logp.grad.sum() / theirs.sum()
+    assert ratio.item() == pytest.approx(3.0 / np.log(479), rel=0.05)  # half as large
+
+
 def test_gamma_0_is_sft_and_gamma_1_is_dft():
     logp, entropy = -torch.rand(4, 6).double() * 5, torch.rand(4, 6).double()
     mask = torch.ones(4, 6)

@@ -1,5 +1,7 @@
 """Rejection sampling: distinct paths, what is kept, SFT as a special case, rounds, resuming."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT, read_jsonl, same_metrics, same_weights, weights
@@ -118,6 +120,31 @@ def test_rationalisation_shows_the_gold_in_sampling_but_not_in_training(tiny, mo
     assert all("7" not in x for x in seen[0]) and all("c\nAnswer: 7\n" in x for x in seen[1])
     assert sorted(x for x in kept(found) if x[0] == "c") == [("c", "7 \\boxed{7}"), ("c", "9 7 \\boxed{7}")]
     assert metrics["reward"] == 7 / 12 and metrics["unsolved"] == pytest.approx(1 / 3)  # of the first attempt
+
+
+def variant(name):
+    """The flags of a row of the page's table of variants."""
+    page = (ROOT / "docs/methods/rft_rejection.md").read_text()
+    [command] = re.findall(rf"^\| {name}.* \| `python rft_rejection.py (.*)` \|$", page, re.M)
+    return command.split()
+
+
+def test_star_trains_on_one_rationale_of_a_question(tiny, monkeypatch):
+    """One try; a second one, shown the gold, where the first failed. A solved question has no second one."""
+    seen = []
+    rounds = [ROUNDS[0], ("x \\boxed{7}",)]  # a and b are solved, c is not
+    monkeypatch.setattr(rft, "sample", fixed(tiny[1], rounds, seen))
+    _, found = rft.sample_and_filter(*tiny, QUESTIONS, rft.parse_args(variant("STaR")))
+    assert [len(prompts) for prompts in seen] == [3, 1]
+    assert [question for question, _ in kept(found)] == ["a", "b", "c"]
+    assert kept(found)[2] == ("c", "x \\boxed{7}")
+
+
+def test_rest_em_and_raft_differ_in_the_cap_and_in_where_a_round_starts():
+    rest, raft = (rft.parse_args(variant(name)) for name in ("ReST-EM", "RAFT"))
+    assert (rest.k, rest.keep_per_question, rest.restart) == (32, 10, "base")
+    assert (raft.keep_per_question, raft.restart) == (1, "continue")
+    assert min(rest.rounds, raft.rounds) > 1
 
 
 def test_no_correct_sample_is_an_error(tiny, monkeypatch):
@@ -256,7 +283,7 @@ def test_the_weights_that_the_second_round_starts_from(train, tmp_path, restart,
 
 
 def test_another_model_can_be_the_base(train, tmp_path, monkeypatch):
-    """RFT as published samples from one model and trains another of the same shapes."""
+    """In the paper RFT samples from one model and trains another of the same shapes."""
     other, tokenizer = models.load_model(ROOT / "tiny/model")
     with torch.no_grad():
         for p in other.parameters():
