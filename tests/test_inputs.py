@@ -488,7 +488,69 @@ def test_the_first_example_is_shown_with_its_boundary(load, capsys):
     assert shown in capsys.readouterr().out.replace("Answer:\n[", "Answer:[")
 
 
-# ---- lengths ---------------------------------------------------------------------------------------------
+# ---- demonstrations and their lengths --------------------------------------------------------------------
+
+BLANKS = ("", None, " \n", "<|endoftext|>")
+
+
+def partly_demonstrated(n=24):
+    """`rows`, of which the second half and the first have no demonstration, in every way to have none."""
+    lines = rows(n)
+    for i in [0, *range(n // 2, n)]:
+        lines[i]["solution"] = BLANKS[i % len(BLANKS)]
+    del lines[-1]["solution"]
+    return lines
+
+
+@pytest.mark.parametrize("script", [sft, idft_hinted, rft_rejection])
+def test_rows_without_a_demonstration_are_counted_and_left_out(script, load, capsys):
+    how = {"demonstrations": True, "script": script}
+    train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", **how)
+    assert train["question"][:] == [row["question"] for row in rows()[1:12]]
+    assert train["solution"][:] == [row["solution"] for row in rows()[1:12]]
+    printed = capsys.readouterr().out
+    said = "13 of 24 training rows have no demonstration (--solution-key solution): they are left out\n"
+    assert said in printed
+    assert "train, row 1, the demonstration in brackets" in printed  # the first that has one
+    load(rows(), "--eval-data", "tiny/data", **how)
+    assert "no demonstration" not in capsys.readouterr().out
+
+
+def test_prefix_rft_samples_rows_without_a_demonstration_like_any_other(load, capsys):
+    train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", script=prefix_rft)
+    said = "13 of 24 training rows have no demonstration (--solution-key solution): they are sampled without"
+    assert said in capsys.readouterr().out
+    assert train["question"][:] == [row["question"] for row in rows()]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    args = prefix_rft.parse_args(["--prefix-schedule", "full"])
+    prefixes = [prefix_rft.draw_prefix(tokenizer, row | {"demonstrated": True}, 1, args) for row in train]
+    assert [len(ids) > 0 for ids in prefixes] == [False] + [True] * 11 + [False] * 12
+    load(partly_demonstrated(), "--eval-data", "tiny/data", "--prefix-schedule", "none", script=prefix_rft)
+    assert "no demonstration" not in capsys.readouterr().out  # then none is needed
+
+
+def test_the_held_out_tenth_is_the_same_whether_questions_are_demonstrated_or_not(load):
+    every, test = load(rows(60), script=grpo)
+    demonstrated, same = load(partly_demonstrated(60))
+    assert test["question"][:] == same["question"][:]
+    assert set(demonstrated["question"]) < set(every["question"])
+
+
+def test_regimes_of_the_tiny_world(load):
+    """Every row has an answer; how many have a demonstration is a choice of column or split."""
+    regimes = {("--solution-key", "easy_solution"): (1649, 4000), ("--split", "few_64"): (1000, 2000)}
+    for regime, (demonstrated, every) in regimes.items():
+        assert len(load("tiny/data", *regime)[0]) == demonstrated
+        train, _ = load("tiny/data", *regime, script=prefix_rft)
+        assert len(train) == every and sum(map(bool, train["solution"])) == demonstrated
+
+
+def test_the_share_beyond_the_budget_is_one_of_demonstrations(load, capsys):
+    lines = partly_demonstrated()
+    lines[1]["solution"] = "Let me think. " * 80 + lines[1]["solution"]
+    train, _ = load(lines, "--eval-data", "tiny/data", "--max-new-tokens", 100, script=prefix_rft)
+    assert "1 of 11 demonstrations (9%) exceed --max-new-tokens 100" in capsys.readouterr().out
+    assert train["solution"][:3] == [None, None, lines[2]["solution"]]
 
 
 def test_demonstrations_beyond_the_budget_are_counted_and_not_unlearnt(load, capsys):

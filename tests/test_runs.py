@@ -241,6 +241,28 @@ def test_flags_of_prefix_rft(flags, run, tmp_path):
     assert any(line["prefix_frac"] > 0 for line in lines)
 
 
+def test_a_run_on_rows_of_which_some_have_no_demonstration(run, data, tmp_path):
+    """prefix_rft.py asks all of them and sft.py trains on the others, which here are one row."""
+    rows = read_jsonl(f"{data}/train.jsonl")[:2]
+    rows[0]["solution"] = ""
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    more = ["--data", path, "--eval-data", data, *QUICK]
+    out = run("prefix_rft", tmp_path / "prefix_rft", *more, "--batch-size", 1, "--max-new-tokens", 60)
+    lines = [line for line in read_jsonl(out / "samples.jsonl") if line.get("kind") != "evaluation"]
+    begins = {}  # question -> prefix lengths of its hybrids
+    for line in lines[::2]:  # two of each step, of which the first continues the demonstration
+        begins.setdefault(line["question"], []).append(line["prefix_len"])
+    assert begins.keys() == {row["question"] for row in rows}
+    assert not any(begins[rows[0]["question"]]) and all(begins[rows[1]["question"]])
+
+    out = run("sft", tmp_path / "sft", *more)
+    alone = write_jsonl(tmp_path / "row.jsonl", rows[1:])
+    other = run("sft", tmp_path / "other", *more, "--data", alone)
+    keys = ("loss", "response_len", "grad_norm")
+    lines = [read_jsonl(folder / "metrics.jsonl")[1:] for folder in (out, other)]
+    assert [[line[k] for k in keys] for line in lines[0]] == [[line[k] for k in keys] for line in lines[1]]
+
+
 def test_evaluation_during_training(run, tmp_path):
     out = run("sft", tmp_path / "run", "--eval-every", 2, *QUICK)
     lines = read_jsonl(out / "metrics.jsonl")
