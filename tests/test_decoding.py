@@ -166,11 +166,12 @@ def test_odd_sizes_change_nothing(tiny, rows, columns, monkeypatch):
 
 def test_batches_have_like_lengths_and_a_bound_on_what_they_hold():
     lengths = [5, 900, 4, 300, 6, 7]
-    parts = [part.tolist() for part in decoding.batches(range(6), 3, lengths)]
+    parts = [part.tolist() for part in decoding.batches(range(6), [3] * 6, lengths)]
     assert parts == [[2, 0, 4], [5], [3], [1]]  # 300 > 2 x 7 + 256
-    parts = [part.tolist() for part in decoding.batches(range(6), 9, lengths, max_tokens=12)]
-    assert parts == [[2, 0], [4], [5], [3], [1]]  # a row that exceeds the bound goes alone
-    assert decoding.batches([], 3, lengths) == []
+    sizes = [9, 1, 9, 9, 2, 9]  # two rows of length 6, one of 900
+    parts = [part.tolist() for part in decoding.batches(range(6), sizes, lengths)]
+    assert parts == [[2, 0], [4, 5], [3], [1]]
+    assert decoding.batches([], [3] * 6, lengths) == []
 
 
 # ---- models that cannot have fixed buffers ---------------------------------------------------------------

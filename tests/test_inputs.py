@@ -775,13 +775,11 @@ def test_sampling_keeps_within_the_memory_that_is_free(tiny, monkeypatch, capsys
     need = memory.row_bytes(model, 100, 100)
     assert 200 * 4096 < need < 3 * 200 * 4096
     monkeypatch.setattr(memory, "free", lambda: 10**12)
-    assert memory.rows(model, [100] * 600, args) == 512
+    assert memory.rows(model, [100] * 600, args) == [512] * 600
     monkeypatch.setattr(memory, "free", lambda: int(need * 40 / memory.SHARE) + 1)
     memory.SAID.clear()
-    assert (
-        memory.rows(model, [100] * 600, args) == 32
-        and memory.rows(model, [100] * 600, args, contexts=2) == 16
-    )
+    assert memory.rows(model, [100] * 600, args) == [32] * 600
+    assert memory.rows(model, [100] * 600, args, contexts=2) == [16] * 600
     assert "--sample-rows 512: memory has room for 32 rows at once" in capsys.readouterr().out
 
     seen = []
@@ -797,6 +795,22 @@ def test_sampling_keeps_within_the_memory_that_is_free(tiny, monkeypatch, capsys
     monkeypatch.setattr(memory, "free", lambda: 10)
     with pytest.raises(BadInput, match="--max-new-tokens 2: a response takes 0.0 GiB, 0.0 GiB are free"):
         memory.rows(model, [100], args)
+
+
+def test_a_long_prompt_does_not_make_batches_of_short_ones_small(tiny, monkeypatch, capsys):
+    """A hybrid that ends in a demonstration of 900 tokens, beside completions of prompts of 20."""
+    model, _ = tiny
+    args = grpo.parse_args(["--max-new-tokens", "100", "--sample-rows", "512"])
+    short, long = (memory.row_bytes(model, tokens, 100) for tokens in (20, 900))
+    assert long > 8 * short
+    monkeypatch.setattr(memory, "free", lambda: 2.5 * long / memory.SHARE)
+    memory.SAID.clear()
+    sizes = memory.rows(model, [900, *[20] * 15], args)
+    assert sizes == [2, *[32] * 15]
+    said = "--sample-rows 512: memory has room for 2 rows of the longest prompts at once"
+    assert said in capsys.readouterr().out
+    parts = decoding.batches(range(16), sizes, [900, *[20] * 15])
+    assert [len(part) for part in parts] == [15, 1]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):

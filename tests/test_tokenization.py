@@ -243,16 +243,16 @@ def test_a_hub_name_may_have_a_configuration(monkeypatch, tmp_path):
 
 
 def test_rows_that_are_sampled_together_have_similar_lengths():
-    """At most `size` rows, none more than twice as long as another but for 256 tokens, shortest first."""
+    """At most `sizes` rows, none more than twice as long as another but for 256 tokens, shortest first."""
     lengths = [10, 20, 266, 277, 800, 811, 5000]
-    parts = decoding.batches(range(7), 10, lengths)
+    parts = decoding.batches(range(7), [10] * 7, lengths)
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4], [5], [6]]
-    assert [part.tolist() for part in decoding.batches([4, 1, 2], 2, [1] * 5)] == [[4, 1], [2]]
-    assert [part.tolist() for part in decoding.batches([0, 1, 2], 9, [3, 1, 2])] == [[1, 2, 0]]
-    assert decoding.batches([], 2, []) == []
+    assert [part.tolist() for part in decoding.batches([4, 1, 2], [2] * 5, [1] * 5)] == [[4, 1], [2]]
+    assert [part.tolist() for part in decoding.batches([0, 1, 2], [9] * 3, [3, 1, 2])] == [[1, 2, 0]]
+    assert decoding.batches([], [], []) == []
 
 
-def test_what_a_cache_holds_can_be_limited():
-    """max_tokens bounds rows x longest; a row that exceeds it alone is alone."""
-    parts = decoding.batches(range(4), 10, [10, 10, 20, 50], max_tokens=40)
+def test_a_batch_has_as_many_rows_as_fit_of_its_longest():
+    """Forty tokens in all: four rows of 10 would fit, two of 20, none of 50 beside another."""
+    parts = decoding.batches(range(4), [4, 4, 2, 1], [10, 10, 20, 50])
     assert [part.tolist() for part in parts] == [[0, 1], [2], [3]]

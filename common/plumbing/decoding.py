@@ -23,17 +23,17 @@ RECORD = {"cpu": False, "cuda": True}
 ENDED = []  # functions that are told how many rows have ended since the last time
 
 
-def batches(rows, size, lengths, max_tokens=float("inf")):
-    """This rank's part of the row numbers `rows`, every n-th, in tensors of at most `size`, shortest first.
+def batches(rows, sizes, lengths):
+    """This rank's part of the row numbers `rows`, every n-th, in tensors, shortest first.
 
-    What is padded together has similar `lengths`: beside a prompt that ends in a long demonstration, a short
-    one would take as much of the cache. `max_tokens` bounds rows x longest, which is what a cache holds.
+    `sizes` says of each row how many of its length are sampled at once. What is padded together has similar
+    `lengths`: beside a prompt that ends in a long demonstration, a short one would take as much of the cache.
     """
     rank, world_size = ranks.shard()
     parts = []
     for row in sorted(rows, key=lambda row: lengths[row])[rank::world_size]:
         part = parts[-1] if parts else []
-        full = len(part) == size or (len(part) + 1) * lengths[row] > max_tokens
+        full = len(part) >= sizes[row]  # this row is the longest so far
         if not part or full or lengths[row] > 2 * lengths[part[0]] + 256:
             parts.append([])
         parts[-1].append(row)

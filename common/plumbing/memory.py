@@ -94,19 +94,24 @@ def row_bytes(model, tokens, budget):
 
 
 def rows(model, lengths, args, contexts=1):
-    """How many rows are sampled at once: at most --sample-rows, and a power of two if memory allows fewer.
+    """For each prompt, how many rows of its length are sampled at once: a list.
 
-    `lengths` are those of the prompts. Each row may have a prompt in several contexts.
+    It is --sample-rows, or a smaller power of two where memory allows fewer. `lengths` are those
+    of the prompts. Each row may have a prompt in several contexts. A prompt that ends in a long
+    demonstration takes much memory, and should not make batches of short ones small.
     """
-    need = contexts * row_bytes(model, max(lengths, default=0), args.max_new_tokens)
     have = free()
-    fitting = int(SHARE * have / need)
-    sentence = f"a response takes {need / GIB:.1f} GiB, {have / GIB:.1f} GiB are free; lower it."
-    demand(fitting >= 1, f"--max-new-tokens {args.max_new_tokens}: {sentence}")
-    if fitting >= args.sample_rows:
-        return args.sample_rows
-    fitting = 2 ** (fitting.bit_length() - 1)
-    if fitting not in SAID and fitting < len(lengths):
-        SAID.add(fitting)
-        print(f"--sample-rows {args.sample_rows}: memory has room for {fitting} rows at once")
-    return fitting
+    at_once = {}  # tokens of a prompt -> rows
+    for tokens in set(lengths):
+        need = contexts * row_bytes(model, tokens, args.max_new_tokens)
+        fitting = int(SHARE * have / need)
+        sentence = f"a response takes {need / GIB:.1f} GiB, {have / GIB:.1f} GiB are free; lower it."
+        demand(fitting >= 1, f"--max-new-tokens {args.max_new_tokens}: {sentence}")
+        power_of_two = 2 ** (fitting.bit_length() - 1)
+        at_once[tokens] = args.sample_rows if fitting >= args.sample_rows else power_of_two
+    fewest = min(at_once.values(), default=args.sample_rows)
+    if fewest not in SAID and fewest < min(args.sample_rows, len(lengths)):
+        SAID.add(fewest)
+        where = " of the longest prompts" if len(set(at_once.values())) > 1 else ""
+        print(f"--sample-rows {args.sample_rows}: memory has room for {fewest} rows{where} at once")
+    return [at_once[tokens] for tokens in lengths]
