@@ -10,7 +10,8 @@ worst case for the cache. A part is a process of its own with a time limit; ever
 it is there, and a part that dies takes only the measurement with it that it was at.
 
 Sampling: 512 rows of 16 prompts, 256 tokens, bf16. The floor of a step is what memory must deliver: linear
-weights once, the keys and values cached so far once, logits written and read in bf16. Training: a step of
+weights once, the keys and values cached so far once, logits written and read in bf16. "Compiled" is the
+recorded step with torch.compile around the model, which no script has. Training: a step of
 grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step; a response is right
 if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and response. Memory is
 the allocator's peak.
@@ -24,9 +25,10 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,45 @@ def eager():
         yield
     finally:
         decoding.RECORD = was
+
+
+@contextmanager
+def as_on_a_gpu():
+    """A CPU looks at its rows and grows its buffers as seldom as a GPU: steps have the same shapes."""
+    with ExitStack() as stack:
+        for name in ("LOOK", "COLUMNS", "LEAVE"):
+            of_gpu = getattr(decoding, name)["cuda"]
+            stack.enter_context(patch.object(decoding, name, {"cpu": of_gpu, "cuda": of_gpu}))
+        yield
+
+
+@contextmanager
+def compiled():
+    """The model's pass of a decode step goes through torch.compile; its attention stays outside, as it is.
+
+    Inside, transformers would repeat keys and values for every query head of a group. The draw
+    stays outside, too: a compiled graph has no generator of one's own.
+    """
+    from torch._dynamo import config
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attention, next_logits, passes = ALL_ATTENTION_FUNCTIONS["sdpa"], decoding.Batch.next_logits, {}
+
+    def through(batch):
+        model = batch.model
+        if model not in passes:
+            passes[model] = torch.compile(model, dynamic=False)
+        with patch.object(batch, "model", passes[model]):
+            return next_logits(batch)
+
+    # every layer has its own number, which is a constant of its code
+    limits = config.patch(recompile_limit=500, accumulated_recompile_limit=5000)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", torch.compiler.disable(attention))
+    try:
+        with as_on_a_gpu(), patch.object(decoding.Batch, "next_logits", through), limits:
+            yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
 
 
 # ---- the loop before recorded steps, for comparison only -------------------------------------------------
@@ -356,6 +397,12 @@ def check_windows(tiny):
     return {"log-probs, sampled and scored": gap, "ok": gap < 1e-4}
 
 
+def check_compiled(tiny):
+    """|ratio - 1| of what the compiled pass samples, fp32 and bf16."""
+    with compiled():
+        return check_ratio(tiny)
+
+
 CHECKS = {
     "host asked": check_syncs,
     "greedy": check_greedy,
@@ -365,6 +412,7 @@ CHECKS = {
     "ratio": check_ratio,
     "rewrite": check_rewrite,
     "windows": check_windows,
+    "compiled": check_compiled,
 }
 
 
@@ -391,13 +439,20 @@ def timed(work, warm):
     return out, time.time() - began, peak, reserved
 
 
+def products(shape):
+    """Weights that a token is multiplied with: matrices of the layers, and the head."""
+    return memory.parameters(shape)[1] + shape[3] * shape[1]
+
+
+def traffic(shape, rows, length):
+    """Bytes that a decode step reads and writes at least, at this mean length of the cache."""
+    return 2 * products(shape) + rows * length * memory.cached(shape) + 4 * rows * shape[3]
+
+
 def floor(shape, rows, length):
-    """Seconds a step at least: of memory traffic at this mean length of the cache, and of FLOPs."""
-    _, d, _, v, *_ = shape
+    """Seconds a step at least: of memory traffic, and of FLOPs."""
     _, bandwidth, flops = card()
-    weights = memory.parameters(shape)[1] + v * d
-    traffic = 2 * weights + rows * length * memory.cached(shape) + 4 * rows * v
-    return traffic / bandwidth, 2 * weights * rows / flops
+    return traffic(shape, rows, length) / bandwidth, 2 * products(shape) * rows / flops
 
 
 def speed(name, how, tiny):
@@ -415,9 +470,11 @@ def speed(name, how, tiny):
         )
     else:
         sampler = old_sample if how == "old" else grpo.sample
-        with eager() if how == "eager" else nullcontext():
+        # what is compiled is compiled for a shape, so it warms up with the shapes of the whole budget
+        first = budget if how == "compiled" else 8
+        with {"eager": eager, "compiled": compiled}.get(how, nullcontext)():
             go = lambda n: draw_with(sampler, model, "bf16", 1.0, n, rows)[0]  # noqa: E731
-            ids, seconds, peak, reserved = timed(lambda: go(budget), lambda: go(8))
+            ids, seconds, peak, reserved = timed(lambda: go(budget), lambda: go(first))
     tokens, steps = sum(map(len, ids)), max(map(len, ids))
     memory_floor, flops_floor = floor(shape, rows, width + budget / 2)
     computed = memory.sampling(shape, rows, width + budget, 1) - 8 * memory.parameters(shape)[0]
@@ -453,8 +510,8 @@ def generated_in_batches(model, prompts, budget):
     return [output.generated_tokens for output in done.values()]
 
 
-def profiled(name, tiny):
-    """What the kernels of a step cost, by name: the mean of some steps, eager and replayed."""
+def profiled(name, is_compiled, tiny):
+    """What the kernels of a step cost, by name: the mean of some steps."""
     from torch.profiler import ProfilerActivity, profile
 
     shape = shape_of(name, tiny)
@@ -478,7 +535,8 @@ def profiled(name, tiny):
             profiler.__exit__(None, None, None)
 
     cuda_graph.Replay.__call__ = watched
-    draw_with(grpo.sample, model, "bf16", 1.0, 24, rows)
+    with compiled() if is_compiled else nullcontext():
+        draw_with(grpo.sample, model, "bf16", 1.0, 24, rows)
     cuda_graph.Replay.__call__ = call
     events = profiler.key_averages()
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
@@ -591,10 +649,9 @@ def train(name, recompute, tiny=False):
         flags += f" --micro-batch-tokens {MICRO}" + " --gradient-checkpointing" * recompute
         grpo.main(grpo.parse_args(flags.split()))
     seen["tokens_trained"] = int(seen["tokens_trained"])
-    weights = memory.parameters(shape)[1] + shape[3] * shape[1]
     seen["sampling, tokens/s"] = seen["tokens_generated"] / seen["seconds_sample"]
     seen["training, tokens/s"] = seen["tokens_trained"] / seen["seconds_train"]
-    seen["MFU"] = 6 * weights * seen["tokens"] / seen["seconds_train"] / card()[2]
+    seen["MFU"] = 6 * products(shape) * seen["tokens"] / seen["seconds_train"] / card()[2]
     seen["computed sampling"] = memory.sampling(shape, questions * group, seen["length"], 1) / 2**30
     seen["computed sampling"] += 2 * shape[3] * shape[1] / 2**30  # the copy's own head
     seen["computed training"] = memory.total(shape, MICRO, recompute, 1) / 2**30
@@ -620,7 +677,7 @@ def table(records):
 
 # process -> its measurements and seconds; what matters most comes first
 PARTS = {
-    "checks": ([f"check {name}" for name in CHECKS], 120),
+    "checks": ([f"check {name}" for name in CHECKS if name != "compiled"], 120),
     "speed": (["speed 0.5B recorded", "speed 0.5B old", "profile 0.5B", "speed 0.5B eager"], 140),
     "parts": (["parts 0.5B"], 60),
     "train": (["train 0.5B"], 90),
@@ -628,6 +685,8 @@ PARTS = {
     "1.5B": (["speed 1.5B recorded", "profile 1.5B"], 75),
     "generate_batch": (["speed 0.5B generate_batch"], 75),
     "train recomputed": (["train 1.5B recomputed"], 90),
+    # it compiles for a minute or more, so it comes last
+    "compiled": (["check compiled", "speed 0.5B compiled", "profile 0.5B compiled"], 240),
 }
 
 
@@ -638,7 +697,7 @@ def measure(what, tiny):
     if kind == "speed":
         return speed(*rest, tiny)
     if kind == "profile":
-        return profiled(rest[0], tiny)
+        return profiled(rest[0], "compiled" in rest, tiny)
     if kind == "parts":
         return parts_of_a_step(rest[0], tiny)
     return train(rest[0], "recomputed" in rest, tiny)
