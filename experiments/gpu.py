@@ -801,7 +801,7 @@ def main():
             print(table(records)[-1], flush=True)
     print("\n".join(table(records)))
     if args.write:
-        from experiments.reproduce import insert
+        from experiments.tables import insert
 
         insert("gpu", table(records))
 

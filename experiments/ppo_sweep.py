@@ -14,14 +14,17 @@ most, which no method sees; KL is that of whole responses to the base model in n
 bound log n - (n - 1) / n (Stiennon et al., 2009.01325, appendix G.3; Beirami et al., 2401.01879, show
 that it is one).
 
-What has been measured is kept in experiments/results/ppo/, a file a cell; intervals as in reproduce.py.
+What has been measured is kept in experiments/results/ppo/, a file a cell. An interval is the middle 95 % of
+bootstrap draws that resample seeds and questions; with five seeds it covers about 85 % (docs/protocol.md).
 Fixed before the runs: PPO works if the interval of its gain in utility is above 0; the reward model is
 over-optimised where a smaller beta has a higher score and a lower utility, both intervals off 0.
 """
 
+import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import comb, log
 from pathlib import Path
 
@@ -32,7 +35,9 @@ sys.path.insert(0, str(ROOT))
 import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.plumbing import data, folders, models  # noqa: E402
-from experiments.reproduce import COLORS, canvas, flags, insert, interval, process, save  # noqa: E402
+from experiments.figures import COLORS, canvas, label, save, styled  # noqa: E402
+from experiments.study import process  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 QUESTIONS = 300
 BETAS, TIMES = (0.0, 0.05, 0.1, 0.2, 0.5), (1, 2, 4, 8, 16, 32, 64)
@@ -87,7 +92,7 @@ def measure(cell, seed, runs):
     args = rlhf_ppo.parse_args(["--group-size", "8" if CELLS[cell] else str(max(TIMES))])
     args.eval_questions = 10**6  # all; a smaller number would be a random sample
     _, rows = data.load_splits(args)
-    rows = rows.select(range(QUESTIONS))  # the first, as in reproduce.py
+    rows = rows.select(range(QUESTIONS))  # the first, as in study.py
     base, tokenizer = models.load_model(args.model)
     model = models.load_model(str(out / "final"))[0] if CELLS[cell] else base
     scorer = models.load_scorer(str(runs / f"reward-{seed}/reward_model"), tokenizer, args)
@@ -119,6 +124,35 @@ def best_of(n, score, utility):
     both = {"score": score, "utility": utility}
     bound = torch.full((len(score),), log(n) - (n - 1) / n)
     return {k: (v.gather(1, order) * weight).sum(1) for k, v in both.items()} | {"kl": bound}
+
+
+# ---- intervals -------------------------------------------------------------------------------------------
+
+
+@cache
+def resampled(seeds, questions, times):
+    """How often each draw has each seed and question, over their number: [times, seeds], [times, questions].
+
+    Of S seeds S - 1 are drawn: S draws of so few would have (S - 1) / S of the variance of their mean.
+    """
+    generator = torch.Generator().manual_seed(0)  # the same draws for every row: comparisons are paired
+    drawn = []
+    for n, of in ((max(1, seeds - 1), seeds), (questions, questions)):
+        some = torch.randint(of, (times, n), generator=generator)
+        drawn.append(torch.zeros(times, of).scatter_add_(1, some, torch.ones(times, n)) / n)
+    return drawn
+
+
+def draws(correct, times=20000):
+    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
+    some, of = resampled(*correct.shape, times)
+    return ((some @ correct) * of).sum(1)
+
+
+def interval(correct):
+    """Mean and the middle 95 % of the draws."""
+    low, high = draws(correct).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(x, 4) for x in (correct.mean().item(), low, high)]
 
 
 # ---- reporting -------------------------------------------------------------------------------------------
@@ -176,7 +210,7 @@ def report(seeds, write):
         (RESULTS / "ppo_sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
         insert("ppo", text)
         insert("ppo compared", gains)
-        plot(rows)
+        save(draw(rows), RESULTS / "ppo_sweep.svg")
 
 
 def row_of(done):
@@ -185,26 +219,50 @@ def row_of(done):
     return row | {"length": f"{sum(lengths) / max(1, len(lengths)):.1f}" * bool(lengths), "seeds": list(done)}
 
 
-def plot(rows):
+@styled
+def draw(rows):
     """Proxy and gold reward over KL, whose axis is logarithmic beyond half a nat."""
-    figure, axes = canvas(2, (10, 4))
+    figure, [axes] = canvas(1, 2, 3.6)
     titles = {"score": "optimised: the proxy reward", "utility": "not seen: the gold reward"}
     lines = {"ppo, ": ("o-", "ppo"), "best of ": ("s-", "best of n"), "dpo": ("D", "dpo")}
     for axis, (number, title) in zip(axes, titles.items()):
+        axis.set_xscale("symlog", linthresh=0.5)
+        ticks = [0, 0.5, 1, 2, 5, 10, 100, 300]
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+        axis.set(title=title, ylabel="reward, mean of 300 questions")
+        axis.set(xlabel="KL from the base model, nats per response")
+        points = []
         for start, (sign, method) in lines.items():
             some = {name.removeprefix(start): row for name, row in rows.items() if name.startswith(start)}
             some = dict(sorted(some.items(), key=lambda item: item[1]["kl"][0]))
             x, y = ([row[k][0] for row in some.values()] for k in ("kl", number))
             bars = [[abs(row[number][i] - row[number][0]) for row in some.values()] for i in (1, 2)]
-            label, color = {"ppo": "PPO, by β", "dpo": "DPO"}.get(method, method), COLORS[method]
-            axis.errorbar(x, y, bars, fmt=sign, color=color, label=label, capsize=3)
-            for name, *at in zip(some, x, y):
-                beside = (4, 5 if method == "ppo" else -13)  # PPO's labels above its points
-                axis.annotate(name, at, beside, textcoords="offset points", fontsize=8, color=color)
-        axis.set_xscale("symlog", linthresh=0.5)
-        axis.set(xlabel="KL from the base model, nats per response", title=title)
-    axes[0].legend(frameon=False)
-    save(figure, RESULTS / "ppo_sweep.png")
+            name = {"ppo": "PPO, by β", "dpo": "DPO"}.get(method, "best of n, by n")
+            color = COLORS[method]
+            axis.errorbar(x, y, bars, fmt=sign, color=color, label=name, capsize=2, markersize=5)
+            points += [(at, xy, color) for at, *xy in zip(some, x, y) if at]
+        label(axis, points)
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
+    """A parser with what the experiments of many cells have in common."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    add = parser.add_argument
+    add("--cells", nargs="+", choices=list(cells), default=list(cells), help="which rows")
+    if seeds:
+        add("--seeds", nargs="+", type=int, default=seeds, help="which seeds")
+    add("--runs", type=Path, default=runs, help="where the cells are")
+    add("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    add("--report", action="store_true", help="run nothing, report")
+    add(
+        "--write",
+        action="store_true",
+        help="write the tables and plots of experiments/results and docs",
+    )
+    return parser
 
 
 def main():

@@ -18,14 +18,9 @@ every comparison that it makes holds. docs/protocol.md lists what changed after 
 what an audit found.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from math import comb
 from pathlib import Path
 
@@ -37,6 +32,11 @@ import sft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.plumbing import data, folders, models  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
+from experiments import ppo_sweep  # noqa: E402
+from experiments.figures import COLORS, canvas, styled  # noqa: E402
+from experiments.ppo_sweep import flags  # noqa: E402
+from experiments.study import process  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
 FULL, NOISY = "prefix_rft.py --prefix-schedule full --prefix-loss all", "--solution-key noisy_solution"
@@ -85,9 +85,6 @@ CELLS = {
     "luffy, noisy demonstrations": f"{FULL} --prefix-weight luffy {NOISY}",
     "prefix_rft, noisy demonstrations": f"prefix_rft.py {NOISY}",
 }
-COLORS = {"sft": "#7f7f7f", "dft": "#e08020", "eaft": "#9467bd", "idft": "#d62728", "dpo": "#a5723c"}
-COLORS |= {"grpo": "#1f83d6", "luffy": "#2a9d5c", "prefix_rft": "#e0559f", "rl + sft loss": "#b8a000"}
-COLORS |= {"ppo": "#17a2b8", "best of n": "#6b8e23"}  # of a method in every figure
 SPLITS = {"test": (300, 8), "harder": (200, 4), "side": (300, 4)}  # questions, samples of each
 MANY_QUESTIONS, MANY_SAMPLES = 100, 64  # of the held-out ones and of the harder ones, for pass@k of large k
 MANY_SEEDS = 3  # of a row at least: this is half of a cell's time
@@ -223,17 +220,6 @@ def name_of(cell, seed):
 
 
 # ---- running ---------------------------------------------------------------------------------------------
-
-
-def process(screen, *command):
-    """CPU and wall seconds of a command with one thread; what it prints goes to the file `screen`."""
-    began = time.time()
-    with open(screen, "a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, f"{' '.join(command)} failed, see {screen}"
-    return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
 
 
 # arguments that records up to 0.1.0 lack, with the values that those runs had
@@ -396,26 +382,6 @@ def shares(done, name):
     return torch.tensor([x[name] for x in done]).float() / n
 
 
-@cache
-def resampled(seeds, questions, times):
-    """How often each draw has each seed and question, over their number: [times, seeds], [times, questions].
-
-    Of S seeds S - 1 are drawn: S draws of so few would have (S - 1) / S of the variance of their mean.
-    """
-    generator = torch.Generator().manual_seed(0)  # the same draws for every row: comparisons are paired
-    drawn = []
-    for n, of in ((max(1, seeds - 1), seeds), (questions, questions)):
-        some = torch.randint(of, (times, n), generator=generator)
-        drawn.append(torch.zeros(times, of).scatter_add_(1, some, torch.ones(times, n)) / n)
-    return drawn
-
-
-def draws(correct, times=20000):
-    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
-    some, of = resampled(*correct.shape, times)
-    return ((some @ correct) * of).sum(1)
-
-
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % point of t, by the number of runs
 
 
@@ -423,10 +389,9 @@ def interval(correct):
     """Mean and the ends of its 95 % interval; of one number a run, [seeds, 1], Student's."""
     mean, runs = correct.mean().item(), len(correct)
     if correct.shape[1] > 1 or runs == 1:
-        low, high = draws(correct).quantile(torch.tensor([0.025, 0.975])).tolist()
-    else:
-        half = STUDENT[runs] * correct.std().item() / runs**0.5
-        low, high = mean - half, mean + half
+        return ppo_sweep.interval(correct)
+    half = STUDENT[runs] * correct.std().item() / runs**0.5
+    low, high = mean - half, mean + half
     return [round(x, 4) for x in (mean, low, high)]
 
 
@@ -567,29 +532,13 @@ def verdict(some):
     return "not reproduced" + f": {', '.join(parts)}" * bool(parts)
 
 
-def canvas(columns, size):
-    """Axes of a figure that a light page and a dark one both show: transparent, with grey text and lines."""
-    import matplotlib.pyplot as plt
-
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams |= dict.fromkeys(keys, "#808080") | {"font.size": 11}
-    figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
-
-
-def save(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, transparent=True)
-
-
+@styled
 def plot_curves(every):
     """Reward, entropy and length of the samples of each step, mean of the seeds and of five steps."""
     curves = {cell: [x["curve"] for x in every.get(cell, []) if "curve" in x] for cell in COLORS}
     if not any(curves.values()):
         return
-    figure, axes = canvas(3, (13, 3.8))
+    figure, [axes] = canvas(1, 3, 3)
     for cell in filter(curves.get, curves):
         steps = torch.tensor(curves[cell]).mean(0)  # [steps, 3]
         for i, (axis, title) in enumerate(zip(axes, ("reward", "entropy, nats", "response, tokens"))):
@@ -597,34 +546,7 @@ def plot_curves(every):
             axis.plot(range(1, len(steps) + 1), smooth, color=COLORS[cell], label=cell, linewidth=2)
             axis.set(title=title, xlabel="step")
     axes[1].legend(frameon=False)
-    save(figure, RESULTS / "curves.png")
-
-
-def insert(name, lines):
-    """Put a table between its two marks, which are on one page of docs/."""
-    pages = [page for page in sorted(PAGES.rglob("*.md")) if f"<!-- {name} -->\n" in page.read_text()]
-    assert len(pages) == 1, f"the mark <!-- {name} --> is on {len(pages)} pages of docs/, not on one"
-    before, mark, rest = pages[0].read_text().partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    assert end, f"{pages[0].name} has no mark <!-- /{name} -->"
-    pages[0].write_text(before + mark + "\n".join(lines) + "\n" + end + after)
-
-
-def flags(doc, cells, runs, seeds=(0, 1, 2, 3, 4)):
-    """A parser with what the experiments of many cells have in common."""
-    add = (parser := argparse.ArgumentParser(description=doc.splitlines()[0])).add_argument
-    add("--cells", nargs="+", choices=list(cells), default=list(cells), help="which rows")
-    if seeds:
-        add("--seeds", nargs="+", type=int, default=seeds, help="which seeds")
-    add("--runs", type=Path, default=runs, help="where the cells are")
-    add("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    add("--report", action="store_true", help="run nothing, report")
-    add(
-        "--write",
-        action="store_true",
-        help="write the tables and plots of experiments/results and docs",
-    )
-    return parser
+    figure.savefig(RESULTS / "curves.png", dpi=130, transparent=True)
 
 
 def main():

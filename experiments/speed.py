@@ -32,7 +32,7 @@ import sft  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.plumbing import models, runs  # noqa: E402
 from common.verifier import math_reward  # noqa: E402
-from experiments.reproduce import insert  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 
 def odd(completions, golds):

@@ -20,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.reproduce import flags, insert, name_of, train  # noqa: E402
+from experiments.ppo_sweep import flags  # noqa: E402
+from experiments.reproduce import name_of, train  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 SEED, QUESTIONS = 7, 200
 AROUND = {"sft": 9e-4, "dft": 9e-4, "eaft": 9e-4, "idft": 9e-4, "hinted + idft": 9e-4}

@@ -1,6 +1,6 @@
 """The weight of a token in each method as a function of its probability, read from the scripts by autograd.
 
-    python experiments/weights.py            # prints a few values and draws docs/weights.png
+    python experiments/weights.py            # prints a few values and draws docs/weights.svg
 
 The model has two words. Its logits are all it has, so the gradient of a loss by the logits of a token is a
 multiple of grad log pi = [y] - pi, and the multiple is - mask weight / Z of the one equation.
@@ -18,7 +18,7 @@ import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
-from experiments.reproduce import COLORS, canvas, save  # noqa: E402
+from experiments.figures import COLORS, canvas, save, styled  # noqa: E402
 
 NAMES = {"SFT": "sft", "DFT": "dft", "EAFT": "eaft", "IDFT": "idft", "LUFFY": "luffy"}  # of the colours
 NAMES |= {"GRPO, clipped": "grpo", "DPO, chosen": "dpo"}
@@ -71,13 +71,19 @@ def main():
     print("| p | " + " | ".join(f"{x:g}" for x in few.tolist()) + " |\n" + "|---" * 8 + "|")
     for name, weight in curves(few).items():
         print(f"| {name} | " + " | ".join(f"{w:.3f}" for w in weight.tolist()) + " |")
-    figure, [axis] = canvas(1, (7, 3.6))
-    p = torch.linspace(0.002, 0.998, 499)
+    save(draw(), ROOT / "docs/weights.svg")
+
+
+@styled
+def draw():
+    figure, [[axis]] = canvas(1, 1, 3.6)
+    p = torch.linspace(0.002, 0.998, 250)
     for name, weight in curves(p).items():
         axis.plot(p, weight, color=COLORS[NAMES[name]], label=name, linewidth=2)
-    axis.set(xlabel="probability of the token", ylabel="weight", ylim=(0, 1.3), xlim=(0, 1))
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, ROOT / "docs/weights.png")
+    axis.set(xlabel="probability of the token", ylabel="weight, with A = 1", ylim=(0, 1.3), xlim=(0, 1))
+    axis.set(title="weight of a token, by method")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 if __name__ == "__main__":
