@@ -4,13 +4,14 @@ A figure is an SVG file of at most 830 px, the width of a page on the hosting si
 text has a grey that can be read on white and on black. The same numbers give the same bytes.
 """
 
+from itertools import product
+
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 COLORS = {  # of a method in every figure, all of medium lightness
     "sft": "#7f7f7f",
@@ -46,12 +47,6 @@ STYLE = dict.fromkeys(_COLORED.split(), GREY) | {
 styled = matplotlib.rc_context(STYLE)  # a decorator of functions that draw
 
 
-def color_of(row):
-    """The colour of a row's method; its name begins with it."""
-    names = [name for name in COLORS if row == name or row.startswith((f"{name},", f"{name} "))]
-    return COLORS[max(names, key=len)]
-
-
 def canvas(rows, columns, height, **more):
     """A figure and its axes, [rows, columns]; the height is in inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -72,13 +67,6 @@ def boxes(figure):
     return {text: text.get_window_extent(renderer) for text in texts}
 
 
-def overlap(a, b):
-    """The area that two extents share, in square pixels."""
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(0, width) * max(0, height)
-
-
 def _along(corners):
     """Points every few pixels along a line, [n, 2]."""
     parts = [corners[:1]]
@@ -89,50 +77,66 @@ def _along(corners):
 
 
 def _drawn(axis):
-    """Extents of what an axis shows: small squares on its markers, lines and error bars."""
+    """Pixels on the markers, lines and error bars of an axis, [n, 2]."""
     to_pixels = axis.transData.transform
-    dots = [to_pixels(line.get_xydata()) for line in axis.lines]
-    dots += [_along(to_pixels(line.get_xydata())) for line in axis.lines if line.get_linestyle() != "None"]
+    found = [to_pixels(line.get_xydata()) for line in axis.lines]
+    found += [_along(xy) for line, xy in zip(axis.lines, found) if line.get_linestyle() != "None"]
     for bars in axis.collections:
         if isinstance(bars, LineCollection):
-            dots += [_along(to_pixels(bar)) for bar in bars.get_segments()]
-    return [Bbox([xy - 3, xy + 3]) for xy in np.concatenate(dots)]
+            found += [_along(to_pixels(bar)) for bar in bars.get_segments()]
+    return np.concatenate(found)
 
 
-def _places():
-    """Where a text may stand beside its point, near ones first: offset and alignment, as of annotate."""
-    sides = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
-    for distance in (7, 13, 20, 30, 42, 56):
-        for dx, dy in [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]:
-            offset = (dx * distance, dy * distance)
-            alignment = {"ha": sides[dx][0], "va": sides[dy][1]}
-            yield distance, {"xytext": offset, "textcoords": "offset points"} | alignment
+def overlaps(box, others):
+    """The areas that a box (x0, y0, x1, y1) shares with others, [n, 4]; in square pixels."""
+    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0])
+    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1])
+    return width.clip(0) * height.clip(0)
+
+
+RING = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+RING += [(x, y) for x in (1, -1) for y in (0.5, -0.5)] + [(x, y) for x in (0.5, -0.5) for y in (1, -1)]
+DISTANCES = (7, 13, 20, 28, 38, 50, 64, 80)  # of a text from its point
+FAR = 13  # beyond this a line leads from the text to its point
 
 
 def label(axis, points, size=8):
-    """Write texts beside points, where they cover as little as possible; points: (text, (x, y), color)."""
-    axis.figure.draw_without_rendering()  # settles where everything is
-    renderer = axis.figure.canvas.get_renderer()
-    inside = axis.get_window_extent(renderer).padded(-3)
-    taken = [(box, 1) for box in _drawn(axis)]  # and how bad it is to cover it
-    for _, xy, _ in points:
-        middle = axis.transData.transform(xy)
-        taken.append((Bbox([middle - 6, middle + 6]), 3))
+    """Write texts beside points, where they cover as little as possible; points: (text, (x, y), color).
 
-    for text, xy, color in points:
-        style = {"fontsize": size, "color": color}
+    The layout of the figure must be settled: figure.draw_without_rendering().
+    """
+    renderer = axis.figure.canvas.get_renderer()
+    inside = axis.get_window_extent(renderer).padded(-3).extents
+    dots = _drawn(axis)
+    markers = axis.transData.transform([xy for _, xy, _ in points]) if points else dots[:0]
+    boxes = np.concatenate([np.hstack([dots - 3, dots + 3]), np.hstack([markers - 6, markers + 6])])
+    weights = np.array([1.0] * len(dots) + [3.0] * len(markers))  # how bad it is to cover them
+
+    for i, (text, xy, color) in enumerate(points):
+        middle = markers[i]
+        style = {"fontsize": size, "color": color, "textcoords": "offset points"}
+        note = axis.annotate(text, xy, (0, 0), **style)
+        extent = note.get_window_extent(renderer)
+        note.remove()
         best = None
-        for distance, place in _places():
-            note = axis.annotate(text, xy, **place, **style)
-            box = note.get_window_extent(renderer)
-            note.remove()
-            outside = box.width * box.height - overlap(box, inside)
-            covered = sum(weight * overlap(box, other) for other, weight in taken)
-            cost = distance + 3 * outside + covered
+        for distance, (dx, dy) in product(DISTANCES, RING):
+            end = np.array([dx, dy]) * distance  # of the line to the text, from the point
+            corner = end + np.array([extent.width * (dx - 1), extent.height * (dy - 1)]) / 2
+            box = np.concatenate([middle + corner, middle + corner + [extent.width, extent.height]])
+            outside = extent.width * extent.height - overlaps(box, inside[None])[0]
+            covers = [box]
+            if distance > FAR:
+                line = _along(np.array([middle, middle + end]))[2:]
+                covers += list(np.hstack([line - 2, line + 2]))
+            gaps = np.hypot(*(markers - markers.clip(box[:2], box[2:])).T)  # from the text to every marker
+            nearer = (gaps < gaps[i]).sum()
+            cost = distance + 20 * nearer + 20 * outside
+            cost += sum((weights * overlaps(x, boxes)).sum() for x in covers)
             if best is None or cost < best[0]:
-                best = cost, distance, place, box
-        _, distance, place, box = best
-        if distance > 13:  # far from its point
+                best = cost, distance, corner, covers
+        _, distance, corner, covers = best
+        if distance > FAR:
             style["arrowprops"] = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkB": 3}
-        axis.annotate(text, xy, **place, **style).set_in_layout(False)
-        taken.append((box, 5))
+        axis.annotate(text, xy, corner * 72 / axis.figure.dpi, **style).set_in_layout(False)
+        boxes = np.vstack([boxes, covers])
+        weights = np.append(weights, [20.0] * len(covers))

@@ -225,6 +225,7 @@ def draw(rows):
     figure, [axes] = canvas(1, 2, 3.6)
     titles = {"score": "optimised: the proxy reward", "utility": "not seen: the gold reward"}
     lines = {"ppo, ": ("o-", "ppo"), "best of ": ("s-", "best of n"), "dpo": ("D", "dpo")}
+    named = []
     for axis, (number, title) in zip(axes, titles.items()):
         axis.set_xscale("symlog", linthresh=0.5)
         ticks = [0, 0.5, 1, 2, 5, 10, 100, 300]
@@ -242,6 +243,9 @@ def draw(rows):
             color = COLORS[method]
             axis.errorbar(x, y, bars, fmt=sign, color=color, label=name, capsize=2, markersize=5)
             points += [(at, xy, color) for at, *xy in zip(some, x, y) if at]
+        named.append(points)
+    figure.draw_without_rendering()
+    for axis, points in zip(axes, named):
         label(axis, points)
     axes[0].legend(loc="upper left")
     return figure
