@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 COLORS = {  # of a method in every figure, all of medium lightness
     "sft": "#7f7f7f",
@@ -60,13 +59,6 @@ def save(figure, path):
     figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
-def boxes(figure):
-    """{text: its extent in pixels} of all that is written."""
-    renderer = figure.canvas.get_renderer()
-    texts = [x for x in figure.findobj(Text) if x.get_text().strip() and x.get_visible()]
-    return {text: text.get_window_extent(renderer) for text in texts}
-
-
 def _along(corners):
     """Points every few pixels along a line, [n, 2]."""
     parts = [corners[:1]]
@@ -79,7 +71,7 @@ def _along(corners):
 def _drawn(axis):
     """Pixels on the markers, lines and error bars of an axis, [n, 2]."""
     to_pixels = axis.transData.transform
-    found = [to_pixels(line.get_xydata()) for line in axis.lines]
+    found = [to_pixels(line.get_xydata()) for line in axis.lines] + [np.empty((0, 2))]
     found += [_along(xy) for line, xy in zip(axis.lines, found) if line.get_linestyle() != "None"]
     for bars in axis.collections:
         if isinstance(bars, LineCollection):
@@ -125,12 +117,13 @@ def label(axis, points, size=8):
             box = np.concatenate([middle + corner, middle + corner + [extent.width, extent.height]])
             outside = extent.width * extent.height - overlaps(box, inside[None])[0]
             covers = [box]
+            cost = distance + 20 * outside
             if distance > FAR:
                 line = _along(np.array([middle, middle + end]))[2:]
                 covers += list(np.hstack([line - 2, line + 2]))
-            gaps = np.hypot(*(markers - markers.clip(box[:2], box[2:])).T)  # from the text to every marker
-            nearer = (gaps < gaps[i]).sum()
-            cost = distance + 20 * nearer + 20 * outside
+            else:  # it must not seem to belong to another point
+                gaps = np.hypot(*(markers - markers.clip(box[:2], box[2:])).T)
+                cost += 30 * (gaps < gaps[i]).sum()
             cost += sum((weights * overlaps(x, boxes)).sum() for x in covers)
             if best is None or cost < best[0]:
                 best = cost, distance, corner, covers
@@ -139,4 +132,4 @@ def label(axis, points, size=8):
             style["arrowprops"] = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkB": 3}
         axis.annotate(text, xy, corner * 72 / axis.figure.dpi, **style).set_in_layout(False)
         boxes = np.vstack([boxes, covers])
-        weights = np.append(weights, [20.0] * len(covers))
+        weights = np.append(weights, [30.0] * len(covers))

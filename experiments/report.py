@@ -139,7 +139,7 @@ def tuning(records):
         lines += table(["row", *map(rec.rate, rates), "taken"], cells) + [""]
     shares = [" + ".join(map(str, share)) for share in study.SHARES]
     cells = [tuned_share(records, row) for row in rec.by_regime() if row.after_sft]
-    return lines + table(["steps of SFT + rec.GRPO", *shares, "taken"], cells)
+    return lines + table(["steps of SFT + GRPO", *shares, "taken"], cells)
 
 
 def tuned(records, row):

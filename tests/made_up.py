@@ -57,12 +57,14 @@ def curve(generator, row):
 
 def runs_of(row, records, seeds):
     """All tuning runs and the final ones of so many seeds, by the tasks of the study itself."""
-    found = []
+    found = [x for x in records if x["row"] == f"{row.regime}: sft"]  # its learning rate is needed
+    before = len(found)
     while True:
-        todo = [x for x in study.tasks(records + found, row) if x[0] == "tune" or x[2] in SEEDS[:seeds]]
+        tasks = study.tasks(found, row)
+        todo = [task for task in tasks if task[0] == "tune" or task[2] in SEEDS[:seeds]]
         if not todo:
-            return found
-        found += [one_run(row, records + found, *task) for task in todo]
+            return found[before:]
+        found += [one_run(row, found, *task) for task in todo]
 
 
 def one_run(row, records, phase, option, seed):
