@@ -194,7 +194,7 @@ def tables(records):
     """{mark: lines} of everything that docs/ shows."""
     found = {"contrasts": contrasts(records)}
     found |= {f"regime {regime}": results(records, regime) for regime in REGIMES}
-    return found | {"verdicts": claims(records), "costs": costs(records), "rates": tuning(records)}
+    return found | {"verdicts": claims(records), "costs": costs(records), "learning rates": tuning(records)}
 
 
 def main(argv=None):

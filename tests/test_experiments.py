@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import gpu, ppo_sweep, reproduce, speed, tables, tune
+from experiments import gpu, intervals, ppo_sweep, reproduce, speed, tables, tune
 
 README = (ROOT / "README.md").read_text()
 PAGES = {page.relative_to(ROOT): page.read_text() for page in tables.pages()}
@@ -204,6 +204,23 @@ def test_the_sweep_is_that_of_its_records(tmp_path, monkeypatch, pages):
     assert written() == PAGES
     drawn = (tmp_path / "ppo_sweep.svg").read_text()
     assert drawn == (ROOT / "experiments/results/ppo_sweep.svg").read_text()
+
+
+def test_students_intervals_of_the_sweep_exclude_zero_where_its_own_do():
+    """The page says so; seeds are paired, because each has a reward model of its own."""
+    every = {cell: ppo_sweep.read(cell, range(5)) for cell in ppo_sweep.CELLS}
+    points = {
+        cell: {seed: x["final"] for seed, x in every[cell].items()} for cell in every if "best" not in cell
+    }
+    for n in ppo_sweep.TIMES:
+        points[f"best of {n}"] = {seed: x[str(n)] for seed, x in every["best of n"].items()}
+    compared = [(a, b, number) for a, b in ppo_sweep.COMPARED for number in ("score", "utility")]
+    for a, b, number in compared:
+        gain = ppo_sweep.stack(points[a], number) - ppo_sweep.stack(points[b], number)  # [5, 300]
+        both = [intervals.student(gain.mean(1).tolist()).interval(), ppo_sweep.interval(gain)[1:]]
+        signs = [(low > 0) - (high < 0) for low, high in both]
+        assert signs[0] == signs[1], (a, b, number)
+    assert len(compared) == 20
 
 
 def test_the_pages_have_what_was_measured_on_a_gpu():

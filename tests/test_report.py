@@ -260,7 +260,7 @@ def test_the_report_of_a_half_done_study_says_what_is_missing(half):
     assert "easy: prefix_rft (3 of 10 seeds); easy: prefix_rft, whole prefix;" in easy
     assert "| 3 of 10 |" in easy and "| sft |" in easy and "| luffy |" not in easy
     assert "| grpo (no demonstrations) |" in easy
-    assert "| easy: luffy |" in "\n".join(found["rates"])
+    assert "| easy: luffy |" in "\n".join(found["learning rates"])
     assert "| sft, then grpo | not run | not run |" in "\n".join(found["contrasts"])
     nothing = report.tables([])
     assert nothing.keys() == found.keys() and "Not run yet: base;" in "\n".join(nothing["regime all"])
