@@ -75,7 +75,7 @@ def results(records):
             dots(axis, records, keys[regime], names, regime)
             axis.set_title(SAID[regime], loc="right")
             axis.set_xlabel(asked(regime))
-    figure.suptitle("mean with 95 % interval over seeds; dashed: the base model", fontsize=9)
+    figure.suptitle("dots: means with 95 % intervals; ticks: seeds; dashed: the base model", fontsize=9)
     return figure
 
 
@@ -89,8 +89,8 @@ def contrasts(records):
         axis.set_title(regime)
         axis.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
     axes[0].set_yticks(range(len(names)), names)
-    levels = f"{PASS}; easy: of levels 4 to 6. Dashed: the base model. Bars: 95 % over seeds"
-    figure.supxlabel(levels, fontsize=9)
+    text = f"{PASS} (easy: of levels 4 to 6); dots: means with 95 % intervals; ticks: seeds; dashed: the base"
+    figure.supxlabel(text, fontsize=9)
     return figure
 
 
