@@ -41,16 +41,21 @@ def asked(regime):
     return f"{PASS}, levels {levels[0]} to {levels[-1]}"
 
 
+def dot(axis, records, key, regime, y):
+    """The mean of a row with its interval over seeds, and the seeds, at the height y."""
+    values = rec.numbers(records, key, "primary", regime)
+    if not values:
+        return
+    low, high = student(values).interval() if len(values) > 1 else (mean(values), mean(values))
+    axis.plot([max(0, low), min(1, high)], [y, y], color=color(key), linewidth=1.5, alpha=0.7)
+    axis.plot(values, [y] * len(values), "|", color=color(key), markersize=5, markeredgewidth=1)
+    axis.plot(mean(values), y, "o", color=color(key), markersize=5.5)
+
+
 def dots(axis, records, keys, names, regime):
-    """A line for each row: its mean with the interval over seeds. The base is a dashed line."""
+    """A line for each row. The base is a dashed line."""
     for y, key in enumerate(keys):
-        values = rec.numbers(records, key, "primary", regime)
-        if not values:
-            continue
-        low, high = student(values).interval() if len(values) > 1 else (mean(values), mean(values))
-        axis.plot([max(0, low), min(1, high)], [y, y], color=color(key), linewidth=1.5, alpha=0.7)
-        axis.plot(values, [y] * len(values), "|", color=color(key), markersize=5, markeredgewidth=1)
-        axis.plot(mean(values), y, "o", color=color(key), markersize=5.5)
+        dot(axis, records, key, regime, y)
     base = rec.numbers(records, rec.BASE, "primary", regime)
     if base:
         axis.axvline(base[0], color=GREY, linestyle="--", linewidth=1)
