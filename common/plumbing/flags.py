@@ -179,6 +179,25 @@ def check(args):
         sentence = f"must be at most --max-new-tokens {budget}."
         demand(args.overlong_tokens <= budget, f"--overlong-tokens {args.overlong_tokens}: {sentence}")
 
+    if given.get("overlong_tokens"):
+        sentence = "it divides by the mean reward, which a penalty can make 0; use another one."
+        demand(args.advantage != "maxrl", f"--advantage maxrl with --overlong-tokens: {sentence}")
+
+    if given.get("ratio") == "sequence" and args.loss_norm != "sequence":
+        sentence = "GSPO is a mean over responses; without --loss-norm sequence long ones weigh more"
+        print(f"--ratio sequence: {sentence}")
+
+    if given.get("prefix_weight", "ratio") != "ratio":
+        updates = args.epochs_per_batch * args.minibatches
+        sentence = "its weight is that of the current policy, so a step has one update; lower --minibatches"
+        sentence += " and --epochs-per-batch to 1."
+        demand(updates == 1, f"--prefix-weight {args.prefix_weight}: {sentence}")
+
+    if "hybrids" in given:
+        most = args.group_size - (given["hpt_gate"] is not None)
+        sentence = "a group has not so many completions (with --hpt-gate one is left to the policy)."
+        demand(args.hybrids <= most, f"--hybrids {args.hybrids}: {sentence}")
+
     if "hinted" in given and not args.steps:
         args.hinted = "off"  # nothing is trained, so no demonstration has to be rewritten
 
