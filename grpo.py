@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     kinds = ["grpo", "dr_grpo", "maxrl"]
-    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean over std, 1 or the mean")
+    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
     add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
@@ -85,8 +85,8 @@ def parse_args(argv=None):
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
     add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: length of the penalty zone")
     add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
-    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight, keep the gradient")
-    add("--tis-cap", type=flags.number(0), default=0.0, help="limit of pi / pi_sampler as a weight; 0: off")
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
+    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
     return parser.parse_args(argv)
 
 
@@ -201,8 +201,8 @@ def advantages(rewards, how):
     centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G times leave-one-out
     if how == "dr_grpo":
         return centred
-    if how == "maxrl":  # 2602.02710: towards log P(correct), so hard questions weigh more
-        return centred / rewards.mean(1, keepdim=True).clamp(min=1e-6)
+    if how == "maxrl":  # 2602.02710: estimates the gradient of log P(correct), not of P(correct)
+        return centred / (rewards.mean(1, keepdim=True) + 1e-6)
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
@@ -221,12 +221,11 @@ def inverse_z(response_mask, how, budget):
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
     """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
-    log_ratio = logp - old_logp
-    if args.ratio == "sequence":  # GSPO: the value of the response's mean, the gradient of the token
-        lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
-        mean = (log_ratio * response_mask).sum(1, keepdim=True) / lengths  # [B, 1]
-        log_ratio = mean.detach() + logp - logp.detach()
-    ratio = log_ratio.exp()  # r: 1 at the first update, but its gradient is not 0
+    ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    if args.ratio == "sequence":  # GSPO: the geometric mean of a response's ratios, [B, 1]
+        log_ratio = ((logp - old_logp) * response_mask).sum(1, keepdim=True)
+        mean = (log_ratio / response_mask.sum(1, keepdim=True)).exp()
+        ratio = mean.detach() * (logp - logp.detach()).exp()  # a factor of 1 with a gradient
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     # min: nothing is gained by moving the ratio out of the trust region
     surrogate = torch.min(ratio * advantage, clipped * advantage)

@@ -14,7 +14,8 @@ its group: demonstrations are imitated where that earns more reward. Against grp
 With whole demonstrations, --prefix-schedule full --prefix-loss all, --prefix-weight names a relative:
 luffy (LUFFY, 2504.14945), sft (RL plus an SFT loss), chord (CHORD-phi, 2508.11408), srft (the
 demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0 is HPT (2509.04419). UFT (2505.16984)
-gives every completion a prefix: --hybrids 8 --prefix-loss all --prefix-weight sft --sft-coef 0.001.
+gives every completion a prefix that fades: --prefix-schedule binomial --hybrids 8 --prefix-loss all
+--prefix-weight sft --sft-coef 0.001.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
     python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     kinds = ["grpo", "dr_grpo", "maxrl"]
-    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean over std, 1 or the mean")
+    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="eps_low, below ratio 1")
     add("--clip-high", type=flags.number(0), default=0.2, help="eps_high, above ratio 1")
@@ -86,9 +87,9 @@ def parse_args(argv=None):
     add("--dynamic-sampling", type=flags.integer(0), default=0, help="DAPO: resampling rounds")
     add("--overlong-tokens", type=flags.integer(0), default=0, help="DAPO: length of the penalty zone")
     add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
-    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight, keep the gradient")
-    add("--tis-cap", type=flags.number(0), default=0.0, help="limit of pi / pi_sampler as a weight; 0: off")
-    schedules = ["cosine", "uniform", "full", "none"]
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
+    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
+    schedules = ["cosine", "uniform", "full", "none", "binomial"]
     add("--prefix-schedule", choices=schedules, default="cosine", help="how prefix lengths are drawn")
     add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps from 0.95 to 0.05")
     kept = ["keep", "all", "none", "random", "bottom"]
@@ -97,9 +98,10 @@ def parse_args(argv=None):
     weights = ["ratio", "luffy", "sft", "chord", "srft"]
     add("--prefix-weight", choices=weights, default="ratio", help="weight of prefix tokens")
     add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of questions demonstrated")
-    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of the SFT loss in sft, chord, srft")
-    add("--hybrids", type=flags.integer(1), default=1, help="completions per group that share the prefix")
-    add("--hpt-gate", type=flags.number(0, 1), help="HPT: imitate where no larger share is correct")
+    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of the SFT loss")
+    add("--hybrids", type=flags.integer(1), default=1, help="completions with the prefix")
+    gate = "HPT: imitate where the mean reward is not above this; -1: off"
+    add("--hpt-gate", type=flags.number(-1, 1), default=-1.0, help=gate)
     return parser.parse_args(argv)
 
 
@@ -178,10 +180,13 @@ def draw_prefix(tokenizer, row, step, args):
     if args.prefix_schedule == "full":
         return ids
     progress = 1.0
-    if args.prefix_schedule == "cosine":
+    if args.prefix_schedule in ("cosine", "binomial"):
         progress = min(1, step / args.prefix_decay_steps)
     low = 0.05 + 0.5 * (1 + cos(pi * progress)) * (0.95 - 0.05)  # from 0.95 to 0.05
     ratio = low + torch.rand(1).item() * (0.95 - low)  # l
+    if args.prefix_schedule == "binomial":  # UFT: each fifth of y* with probability low, then none
+        fifths = (torch.rand(5) < low).sum().item() if progress < 1 else 0
+        ratio = fifths / 5
     return ids[: int(ratio * len(ids))]
 
 
@@ -241,8 +246,8 @@ def advantages(rewards, how):
     centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G times leave-one-out
     if how == "dr_grpo":
         return centred
-    if how == "maxrl":  # 2602.02710: towards log P(correct), so hard questions weigh more
-        return centred / rewards.mean(1, keepdim=True).clamp(min=1e-6)
+    if how == "maxrl":  # 2602.02710: estimates the gradient of log P(correct), not of P(correct)
+        return centred / (rewards.mean(1, keepdim=True) + 1e-6)
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
@@ -250,14 +255,16 @@ def prefix_weight(advantage, logp, entropy, prefix, mask, args):
     """What multiplies r on each token, [N, T]: A, and on prefix tokens a weight or 0."""
     n = int(prefix.sum())  # prefix tokens of the batch
     p = logp.exp()  # pi of the prefix token
+    lengths = prefix.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    mean_entropy = (entropy * prefix).sum(1, keepdim=True) / lengths  # of each prefix, [N, 1]
     # an SFT loss is a mean over the n prefix tokens: this undoes 1/Z
     sft = args.sft_coef / inverse_z(mask, args.loss_norm, args.max_new_tokens) / max(1, n)  # [N, 1]
     weight = {
         "ratio": advantage,  # as on other tokens
-        "luffy": advantage * 0.1 * p / (p + 0.1) ** 2,  # A f'(p) p, where f(p) = p / (p + 0.1) replaces r
+        "luffy": advantage * 0.1 * p / (p + 0.1) ** 2,  # f(p) = p / (p + 0.1) replaces r: f'(p) p
         "sft": sft,
-        "chord": sft * p * (1 - p),  # phi of 2508.11408
-        "srft": advantage + sft * 0.5 * (-entropy).exp(),  # 2506.19767
+        "chord": sft * p * (1 - p),  # little for what is certain or out of reach
+        "srft": advantage + sft * 0.5 * (-mean_entropy).exp(),
     }[args.prefix_weight]
 
     kept = n - int((1 - args.prefix_entropy_keep) * n)  # prefix tokens that are trained
@@ -276,11 +283,16 @@ def prefix_weight(advantage, logp, entropy, prefix, mask, args):
     return torch.where(prefix == 1, weight * keep.view_as(rank), advantage)
 
 
-def hpt_gate(weight, prefix, rewards, args):
-    """HPT, 2509.04419: a question is imitated or reinforced, by the accuracy of its own completions."""
-    solved = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
-    solved = solved.repeat_interleave(args.group_size)[:, None]  # [N, 1]
-    return weight * torch.where(prefix == 1, ~solved, solved)
+def hpt_gate(advantage, prefix, rewards, args):
+    """HPT: A, 0 on tokens that are left out, and which prefix tokens are imitated, [N, T] each.
+
+    A question whose on-policy completions are hardly ever correct is imitated, others are reinforced.
+    """
+    reinforced = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
+    reinforced |= ~prefix.view(len(rewards), -1).any(1)  # there is nothing to imitate
+    reinforced = reinforced.repeat_interleave(args.group_size)[:, None]  # [N, 1]
+    kept = torch.where(prefix == 1, ~reinforced, reinforced)
+    return advantage * kept, prefix * ~reinforced
 
 
 def inverse_z(response_mask, how, budget):
@@ -298,12 +310,11 @@ def inverse_z(response_mask, how, budget):
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
     """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
-    log_ratio = logp - old_logp
-    if args.ratio == "sequence":  # GSPO: the value of the response's mean, the gradient of the token
-        lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
-        mean = (log_ratio * response_mask).sum(1, keepdim=True) / lengths  # [B, 1]
-        log_ratio = mean.detach() + logp - logp.detach()
-    ratio = log_ratio.exp()  # r: 1 at the first update, but its gradient is not 0
+    ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    if args.ratio == "sequence":  # GSPO: the geometric mean of a response's ratios, [B, 1]
+        log_ratio = ((logp - old_logp) * response_mask).sum(1, keepdim=True)
+        mean = (log_ratio / response_mask.sum(1, keepdim=True)).exp()
+        ratio = mean.detach() * (logp - logp.detach()).exp()  # a factor of 1 with a gradient
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     # min: nothing is gained by moving the ratio out of the trust region
     surrogate = torch.min(ratio * advantage, clipped * advantage)
@@ -404,9 +415,10 @@ def main(args):
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
             prefix_logp, entropy = score(model, tokens, prefix, args)
-        advantage = prefix_weight(advantage, prefix_logp, entropy, prefix, mask, args)
-        if args.hpt_gate is not None:
-            advantage = hpt_gate(advantage, prefix, rewards, args)
+        imitated = prefix
+        if args.hpt_gate >= 0:
+            advantage, imitated = hpt_gate(advantage, prefix, rewards, args)
+        advantage = prefix_weight(advantage, prefix_logp, entropy, imitated, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)

@@ -180,22 +180,23 @@ def check(args):
         demand(args.overlong_tokens <= budget, f"--overlong-tokens {args.overlong_tokens}: {sentence}")
 
     if given.get("overlong_tokens"):
-        sentence = "it divides by the mean reward, which a penalty can make 0; use another one."
-        demand(args.advantage != "maxrl", f"--advantage maxrl with --overlong-tokens: {sentence}")
+        sentence = "it divides by the mean reward, which --overlong-tokens can make 0; leave one of them out."
+        demand(args.advantage != "maxrl", f"--advantage maxrl: {sentence}")
 
     if given.get("ratio") == "sequence" and args.loss_norm != "sequence":
-        sentence = "GSPO is a mean over responses; without --loss-norm sequence long ones weigh more"
+        sentence = "GSPO is a mean over responses; without --loss-norm sequence, long ones weigh more"
         print(f"--ratio sequence: {sentence}")
 
     if given.get("prefix_weight", "ratio") != "ratio":
         updates = args.epochs_per_batch * args.minibatches
-        sentence = "its weight is that of the current policy, so a step has one update; lower --minibatches"
-        sentence += " and --epochs-per-batch to 1."
+        sentence = f"its weights are those of one update, but a step has {updates}; "
+        sentence += "lower --minibatches and --epochs-per-batch to 1."
         demand(updates == 1, f"--prefix-weight {args.prefix_weight}: {sentence}")
 
     if "hybrids" in given:
-        most = args.group_size - (given["hpt_gate"] is not None)
-        sentence = "a group has not so many completions (with --hpt-gate one is left to the policy)."
+        most = args.group_size - (args.hpt_gate >= 0)
+        sentence = f"must be at most {most}: a group has {args.group_size} completions"
+        sentence += ", and --hpt-gate judges one without a prefix." if args.hpt_gate >= 0 else "."
         demand(args.hybrids <= most, f"--hybrids {args.hybrids}: {sentence}")
 
     if "hinted" in given and not args.steps:
