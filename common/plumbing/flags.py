@@ -189,7 +189,7 @@ def check(args):
 
     if given.get("prefix_weight", "ratio") != "ratio":
         updates = args.epochs_per_batch * args.minibatches
-        sentence = f"its weights are those of one update, but a step has {updates}; "
+        sentence = f"its weight belongs to the policy before the update, but a step has {updates} updates; "
         sentence += "lower --minibatches and --epochs-per-batch to 1."
         demand(updates == 1, f"--prefix-weight {args.prefix_weight}: {sentence}")
 
