@@ -12,6 +12,9 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi:
     weight  I_clip r A + beta (pi_ref / pi - 1); I_clip is 0 where the clip acts, else 1
     mask    the response, EOS included
     Z       sequences x budget (Dr. GRPO), all tokens (DAPO) or sequences x own length (GRPO)
+Relatives change one term: the advantage (--advantage maxrl, MaxRL, 2602.02710), the ratio (--ratio
+sequence, GSPO, 2507.18071) or the clip (--clip cispo, CISPO, 2506.13585). With --tis-cap C the weight
+is multiplied by min(pi_old / pi_sampler, C).
 
     python grpo.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.55
     python grpo.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
@@ -71,15 +74,19 @@ def parse_args(argv=None):
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
-    add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
+    kinds = ["grpo", "dr_grpo", "maxrl"]
+    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
-    add("--dynamic-sampling", type=flags.integer(0), default=0, help="redraws at equal rewards")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="penalty in the last N")
+    add("--dynamic-sampling", type=flags.integer(0), default=0, help="rounds that redraw equal rewards")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="length penalty in the last N")
+    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
+    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
     return parser.parse_args(argv)
 
 
@@ -157,19 +164,20 @@ def rollout(model, tokenizer, rows, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
+    responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
     completions = []
     for i in range(len(rows)):
         penalty = 0.0
-        if args.overlong_tokens:  # DAPO eq. 13: from 0 to -1 within the budget's last tokens
+        if args.overlong_tokens:  # DAPO eq. 13, halved: its rewards are 1 and -1, ours 1 and 0
             start = args.max_new_tokens - args.overlong_tokens
-            penalty = min(0, (start - len(responses[i])) / args.overlong_tokens)
+            penalty = 0.5 * min(0, (start - len(responses[i])) / args.overlong_tokens)
         completion = {
             "prompt": prompts[i],
             "response": responses[i],
+            "sampled_logp": sampled_logp[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],
@@ -193,6 +201,8 @@ def advantages(rewards, how):
     centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G times leave-one-out
     if how == "dr_grpo":
         return centred
+    if how == "maxrl":  # 2602.02710: estimates the gradient of log P(correct), not of P(correct)
+        return centred / (rewards.mean(1, keepdim=True) + 1e-6)
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
@@ -212,9 +222,15 @@ def inverse_z(response_mask, how, budget):
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
     """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
     ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    if args.ratio == "sequence":  # GSPO: the geometric mean of a response's ratios, [B, 1]
+        log_ratio = ((logp - old_logp) * response_mask).sum(1, keepdim=True)
+        mean = (log_ratio / response_mask.sum(1, keepdim=True)).exp()
+        ratio = mean.detach() * (logp - logp.detach()).exp()  # a factor of 1 with a gradient
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     # min: nothing is gained by moving the ratio out of the trust region
     surrogate = torch.min(ratio * advantage, clipped * advantage)
+    if args.clip == "cispo":  # the weight is clipped, but no token loses its gradient
+        surrogate = clipped.detach() * advantage * logp
     # >= 0, and an unbiased estimate of KL(pi || pi_ref) on on-policy samples
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
     loss = -((surrogate - args.kl_coef * k3) * response_mask * inv_z).sum()
@@ -291,6 +307,8 @@ def main(args):
         rewards = rewards.view(-1, args.group_size)  # [Q, G]
         advantage = advantages(rewards, args.advantage)
         advantage = advantage.view(-1, 1) * mask  # A_i on each token, [N, T]
+        sampled_logp = tok.align([c["sampled_logp"] for c in batch], mask.cpu())  # [N, T]
+        sampled_logp = sampled_logp.to(model.device)
         sampling_ended = time.time()
 
         # train
@@ -319,11 +337,14 @@ def main(args):
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 ref = ref_logp[micro] if reference else logp.detach()
                 A, z = advantage[micro], inv_z[micro]
+                gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
+                if args.tis_cap:  # truncated importance weights
+                    A = A * gap.exp().clamp(max=args.tis_cap)
                 loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
-                per_token = torch.stack([entropy.detach(), k3, ratio])
-                stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
+                per_token = torch.stack([entropy.detach(), k3, ratio, gap.abs()])
+                stats.append(per_token[:, m.bool()].cpu())  # [4, tokens]
             norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
@@ -333,8 +354,8 @@ def main(args):
         tokens_trained = sum(x.shape[1] for x in stats)
 
         # log, evaluate, save
-        nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
-        entropy, k3, ratio = torch.cat(stats or [nothing], 1)
+        nothing = torch.tensor([[0.0], [0.0], [1.0], [0.0]])  # no row had a gradient
+        entropy, k3, ratio, gap = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
         equal_rewards = (rewards == rewards[:, :1]).all(1)  # [Q]
         metrics = {
@@ -356,6 +377,7 @@ def main(args):
             "tokens_generated": sum(len(c["response"]) for c in batch + replaced),
             "seconds_sample": sampling_ended - began,
             "seconds_train": time.time() - sampling_ended,
+            "sampler_gap": gap.mean(),
         }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with autocast:

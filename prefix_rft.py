@@ -11,8 +11,11 @@ its group: demonstrations are imitated where that earns more reward. Against grp
     Z       unchanged: it counts the tokens whose A is 0, too
 
 --prefix-schedule none is grpo.py, bit by bit; --prefix-loss none gives prefix hints without a loss.
---prefix-schedule full --prefix-loss all is LUFFY (2504.14945) with --prefix-weight luffy, and RL
-plus an SFT loss with --prefix-weight sft.
+With whole demonstrations, --prefix-schedule full --prefix-loss all, --prefix-weight names a relative:
+luffy (LUFFY, 2504.14945), sft (RL plus an SFT loss), chord (CHORD-phi, 2508.11408), srft (the
+demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0 is HPT (2509.04419). UFT (2505.16984)
+gives every completion a prefix that fades: --prefix-schedule binomial --hybrids 8 --prefix-loss all
+--prefix-weight sft --sft-coef 0.001.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
     python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
@@ -73,23 +76,32 @@ def parse_args(argv=None):
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
-    add("--advantage", choices=["grpo", "dr_grpo"], default="dr_grpo", help="with or without 1/std")
+    kinds = ["grpo", "dr_grpo", "maxrl"]
+    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
-    add("--dynamic-sampling", type=flags.integer(0), default=0, help="redraws at equal rewards")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="penalty in the last N")
-    schedules = ["cosine", "uniform", "full", "none"]
+    add("--dynamic-sampling", type=flags.integer(0), default=0, help="rounds that redraw equal rewards")
+    add("--overlong-tokens", type=flags.integer(0), default=0, help="length penalty in the last N")
+    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
+    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
+    schedules = ["cosine", "uniform", "full", "none", "binomial"]
     add("--prefix-schedule", choices=schedules, default="cosine", help="how prefix lengths are drawn")
     add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps of the cosine")
     kept = ["keep", "all", "none", "random", "bottom"]
-    add("--prefix-loss", choices=kept, default="keep", help="trained; keep: highest entropy")
+    add("--prefix-loss", choices=kept, default="keep", help="which prefix tokens are trained")
     add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of prefix tokens trained")
-    add("--prefix-weight", choices=["ratio", "luffy", "sft"], default="ratio", help="weight of prefix tokens")
-    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of demonstrations")
+    weights = ["ratio", "luffy", "sft", "chord", "srft"]
+    add("--prefix-weight", choices=weights, default="ratio", help="weight of prefix tokens")
+    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of questions with a prefix")
+    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of the SFT loss")
+    add("--hybrids", type=flags.integer(1), default=1, help="completions with the prefix")
+    gate = "HPT: imitate where the mean reward is not above this; -1: off"
+    add("--hpt-gate", type=flags.number(-1, 1), default=-1.0, help=gate)
     return parser.parse_args(argv)
 
 
@@ -168,10 +180,13 @@ def draw_prefix(tokenizer, row, step, args):
     if args.prefix_schedule == "full":
         return ids
     progress = 1.0
-    if args.prefix_schedule == "cosine":
+    if args.prefix_schedule in ("cosine", "binomial"):
         progress = min(1, step / args.prefix_decay_steps)
     low = 0.05 + 0.5 * (1 + cos(pi * progress)) * (0.95 - 0.05)  # from 0.95 to 0.05
     ratio = low + torch.rand(1).item() * (0.95 - low)  # l
+    if args.prefix_schedule == "binomial":  # UFT: each fifth of y* with probability low, then none
+        fifths = (torch.rand(5) < low).sum().item() if progress < 1 else 0
+        ratio = fifths / 5
     return ids[: int(ratio * len(ids))]
 
 
@@ -182,27 +197,31 @@ def rollout(model, tokenizer, rows, step, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    prefixes = [[] for _ in rows]  # the first of each group gets one
+    prefixes = [[] for _ in rows]  # the first of each group gets one, or the first few
     for i in range(0, len(rows), args.group_size):
-        prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
+        prefix = draw_prefix(tokenizer, rows[i], step, args)
+        prefixes[i : i + args.hybrids] = [prefix] * args.hybrids
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]  # the policy goes on
     whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
-    continuations, _ = sample(model, tokenizer, starts, args.temperature, args, spent)
+    continuations, logps = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
     responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
+    sampled_logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logps)]
+    sampled_logp = [row[: len(y)] for y, row in zip(responses, sampled_logp)]
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
     completions = []
     for i in range(len(rows)):
         penalty = 0.0
-        if args.overlong_tokens:  # DAPO eq. 13: from 0 to -1 within the budget's last tokens
+        if args.overlong_tokens:  # DAPO eq. 13, halved: its rewards are 1 and -1, ours 1 and 0
             start = args.max_new_tokens - args.overlong_tokens
-            penalty = min(0, (start - len(responses[i])) / args.overlong_tokens)
+            penalty = 0.5 * min(0, (start - len(responses[i])) / args.overlong_tokens)
         completion = {
             "prompt": prompts[i],
             "response": responses[i],
+            "sampled_logp": sampled_logp[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],
@@ -227,19 +246,26 @@ def advantages(rewards, how):
     centred = rewards - rewards.mean(1, keepdim=True)  # (G - 1) / G times leave-one-out
     if how == "dr_grpo":
         return centred
+    if how == "maxrl":  # 2602.02710: estimates the gradient of log P(correct), not of P(correct)
+        return centred / (rewards.mean(1, keepdim=True) + 1e-6)
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
 def prefix_weight(advantage, logp, entropy, prefix, mask, args):
     """What multiplies r on each token, [N, T]: A, and on prefix tokens a weight or 0."""
     n = int(prefix.sum())  # prefix tokens of the batch
-    if args.prefix_weight == "ratio":
-        weight = advantage  # as on other tokens
-    elif args.prefix_weight == "luffy":  # f(p) = p / (p + 0.1) in place of r; this is A f'(p) p
-        p = logp.exp()  # pi of the prefix token
-        weight = advantage * 0.1 * p / (p + 0.1) ** 2
-    else:  # an SFT loss, the mean over the n prefix tokens: this undoes 1/Z
-        weight = 1 / inverse_z(mask, args.loss_norm, args.max_new_tokens) / max(1, n)
+    p = logp.exp()  # pi of the prefix token
+    lengths = prefix.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    mean_entropy = (entropy * prefix).sum(1, keepdim=True) / lengths  # of each prefix, [N, 1]
+    # an SFT loss is a mean over the n prefix tokens: this undoes 1/Z
+    sft = args.sft_coef / inverse_z(mask, args.loss_norm, args.max_new_tokens) / max(1, n)  # [N, 1]
+    weight = {
+        "ratio": advantage,  # as on other tokens
+        "luffy": advantage * 0.1 * p / (p + 0.1) ** 2,  # f(p) = p / (p + 0.1) replaces r: f'(p) p
+        "sft": sft,
+        "chord": sft * p * (1 - p),  # little for what is certain or out of reach
+        "srft": advantage + sft * 0.5 * (-mean_entropy).exp(),
+    }[args.prefix_weight]
 
     kept = n - int((1 - args.prefix_entropy_keep) * n)  # prefix tokens that are trained
     rank = entropy  # the most uncertain ones
@@ -255,6 +281,18 @@ def prefix_weight(advantage, logp, entropy, prefix, mask, args):
     keep = torch.zeros_like(rank).flatten()  # [N T]
     keep[rank.flatten().topk(kept).indices] = 1
     return torch.where(prefix == 1, weight * keep.view_as(rank), advantage)
+
+
+def hpt_gate(advantage, prefix, rewards, args):
+    """HPT: A, 0 on tokens that are left out, and which prefix tokens are imitated, [N, T] each.
+
+    A question whose on-policy completions are hardly ever correct is imitated, others are reinforced.
+    """
+    reinforced = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
+    reinforced |= ~prefix.view(len(rewards), -1).any(1)  # there is nothing to imitate
+    reinforced = reinforced.repeat_interleave(args.group_size)[:, None]  # [N, 1]
+    kept = torch.where(prefix == 1, ~reinforced, reinforced)
+    return advantage * kept, prefix * ~reinforced
 
 
 def inverse_z(response_mask, how, budget):
@@ -273,9 +311,15 @@ def inverse_z(response_mask, how, budget):
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
     """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
     ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    if args.ratio == "sequence":  # GSPO: the geometric mean of a response's ratios, [B, 1]
+        log_ratio = ((logp - old_logp) * response_mask).sum(1, keepdim=True)
+        mean = (log_ratio / response_mask.sum(1, keepdim=True)).exp()
+        ratio = mean.detach() * (logp - logp.detach()).exp()  # a factor of 1 with a gradient
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     # min: nothing is gained by moving the ratio out of the trust region
     surrogate = torch.min(ratio * advantage, clipped * advantage)
+    if args.clip == "cispo":  # the weight is clipped, but no token loses its gradient
+        surrogate = clipped.detach() * advantage * logp
     # >= 0, and an unbiased estimate of KL(pi || pi_ref) on on-policy samples
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
     loss = -((surrogate - args.kl_coef * k3) * response_mask * inv_z).sum()
@@ -354,6 +398,8 @@ def main(args):
         rewards = rewards.view(-1, args.group_size)  # [Q, G]
         advantage = advantages(rewards, args.advantage)
         advantage = advantage.view(-1, 1) * mask  # A_i on each token, [N, T]
+        sampled_logp = tok.align([c["sampled_logp"] for c in batch], mask.cpu())  # [N, T]
+        sampled_logp = sampled_logp.to(model.device)
         prefix_len = torch.tensor([[c["prefix_len"]] for c in batch], device=model.device)
         prefix = mask * (mask.cumsum(1) <= prefix_len)  # 1 on demonstration tokens, [N, T]
         sampling_ended = time.time()
@@ -369,7 +415,10 @@ def main(args):
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
             prefix_logp, entropy = score(model, tokens, prefix, args)
-        advantage = prefix_weight(advantage, prefix_logp, entropy, prefix, mask, args)
+        imitated = prefix
+        if args.hpt_gate >= 0:
+            advantage, imitated = hpt_gate(advantage, prefix, rewards, args)
+        advantage = prefix_weight(advantage, prefix_logp, entropy, imitated, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)
@@ -386,11 +435,15 @@ def main(args):
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 ref = ref_logp[micro] if reference else logp.detach()
                 A, z = advantage[micro], inv_z[micro]
+                gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
+                gap = gap * (1 - prefix[micro])  # nobody sampled the prefix
+                if args.tis_cap:  # truncated importance weights
+                    A = A * gap.exp().clamp(max=args.tis_cap)
                 loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
-                per_token = torch.stack([entropy.detach(), k3, ratio])
-                stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
+                per_token = torch.stack([entropy.detach(), k3, ratio, gap.abs()])
+                stats.append(per_token[:, m.bool()].cpu())  # [4, tokens]
             norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
@@ -400,8 +453,8 @@ def main(args):
         tokens_trained = sum(x.shape[1] for x in stats)
 
         # log, evaluate, save
-        nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
-        entropy, k3, ratio = torch.cat(stats or [nothing], 1)
+        nothing = torch.tensor([[0.0], [0.0], [1.0], [0.0]])  # no row had a gradient
+        entropy, k3, ratio, gap = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
         equal_rewards = (rewards == rewards[:, :1]).all(1)  # [Q]
         metrics = {
@@ -423,7 +476,8 @@ def main(args):
             "tokens_generated": sum(len(c["response"]) - c["prefix_len"] for c in batch + replaced),
             "seconds_sample": sampling_ended - began,
             "seconds_train": time.time() - sampling_ended,
-            "reward_hybrid": rewards[:, 0].mean(),  # the first of each group
+            "sampler_gap": gap.mean(),
+            "reward_hybrid": rewards[:, : args.hybrids].mean(),  # the first of each group
             "prefix_frac": prefix.sum() / mask.sum(),
         }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

@@ -25,7 +25,10 @@ def tensors():
 
 
 def trl_loss(loss_type, epsilon_high, beta, budget=8):
-    """Loss and gradient [3, 5] of TRL for these tensors as one optimizer batch on one device."""
+    """Loss and gradient [3, 5] of TRL for these tensors as one optimizer batch on one device.
+
+    "gspo" is not a loss type of TRL, but its type grpo with ratios of sequences.
+    """
     from trl import GRPOConfig, GRPOTrainer  # pinned by version, see above
 
     logp, old, ref, advantage, mask = tensors()
@@ -36,6 +39,8 @@ def trl_loss(loss_type, epsilon_high, beta, budget=8):
     trainer.loss_type, trainer.beta, trainer.max_completion_length = loss_type, beta, budget
     trainer.epsilon_low, trainer.epsilon_high = 0.2, epsilon_high
     trainer.importance_sampling_level, trainer.off_policy_mask_threshold = "token", None
+    if loss_type == "gspo":
+        trainer.importance_sampling_level, trainer.loss_type = "sequence", "grpo"
     trainer.top_entropy_quantile, trainer.use_vllm, trainer.aux_loss_enabled = 1.0, False, False
     trainer._entropy_bonus_enabled, trainer.model.training = False, True
     trainer.current_gradient_accumulation_steps, trainer.accelerator.num_processes = 1, 1
@@ -53,8 +58,11 @@ def trl_loss(loss_type, epsilon_high, beta, budget=8):
 
 if __name__ == "__main__":
     print(f"# TRL {version('trl')}, torch {version('torch')}")
-    for loss_type in ("grpo", "dr_grpo", "dapo"):
-        for epsilon_high, beta in ((0.2, 0.0), (0.28, 0.1)):
+    settings = {name: ((0.2, 0.0), (0.28, 0.1)) for name in ("grpo", "dr_grpo", "dapo")}
+    settings["gspo"] = (0.2, 0.0), (0.1, 0.1)  # of three responses none is clipped, one
+    settings["cispo"] = (1.2, 0.0), (1.5, 0.1)  # the largest ratio, not its distance from 1
+    for loss_type, pairs in settings.items():
+        for epsilon_high, beta in pairs:
             loss, gradient = trl_loss(loss_type, epsilon_high, beta)
             print(f'    ("{loss_type}", {epsilon_high}, {beta}, {loss:.7f}, [')
             for row in gradient:

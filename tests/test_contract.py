@@ -21,22 +21,28 @@ LINES = {  # at most, all lines
     "idft_hinted": 480,
     "dpo": 440,
     "grpo": 440,
-    "prefix_rft": 440,
+    "prefix_rft": 500,  # six related methods are flags of it
     "rlhf_ppo": 600,
 }
 MEAN_WIDTH = 56  # characters of a code line, on average and without its indentation
 WIDE, WIDE_PERCENT, WIDTH = 96, 10, 110  # few lines are wider than WIDE, none is wider than WIDTH
 COMMENTS = (20, 40)  # per 100 code lines
 LONGEST_FUNCTION, LONGEST_MAIN = 60, 130  # lines
-LONGEST_MAINS = {"rlhf_ppo": 140}  # it has three stages, and two networks in the last of them
+LONGER = {
+    ("rlhf_ppo", "main"): 140,  # it has three stages, and two networks in the last of them
+    ("prefix_rft", "main"): 140,  # a second mask, and the gate of HPT
+    ("prefix_rft", "parse_args"): 70,  # the flags of grpo.py, and ten of its own
+}
 
 FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
-    ("grpo", "prefix_rft"): (14, 0.88, 22),
+    ("grpo", "prefix_rft"): (15, 0.85, 22),
     ("sft", "idft_hinted"): (30, 0.74, 24),
     ("sft", "rft_rejection"): (30, 0.74, 22),
     ("sft", "dpo"): (30, 0.74, 24),
-    ("grpo", "rlhf_ppo"): (42, 0.62, 36),
+    ("grpo", "rlhf_ppo"): (42, 0.61, 44),  # grpo.py has flags that PPO has no use for
 }
+# grpo.py has relatives that PPO has no use for: its copies are those of grpo.py with lines left out
+SHORTER = {("rlhf_ppo", "advantages"), ("rlhf_ppo", "policy_loss")}
 IN_EVERY_SCRIPT = {"sample", "logprobs", "score", "evaluate", "self_check"}
 # each script has its own, under the same name
 OWN = {"parse_args", "main", "rollout", "load_pairs"}
@@ -108,8 +114,8 @@ def test_lines_are_short(name):
 def test_functions_are_short(name):
     for function, body in functions(source(name)).items():
         lines = len(body.splitlines())
-        longest_main = LONGEST_MAINS.get(name, LONGEST_MAIN)
-        limit = longest_main if function == "main" else LONGEST_FUNCTION
+        limit = LONGEST_MAIN if function == "main" else LONGEST_FUNCTION
+        limit = LONGER.get((name, function), limit)
         assert lines <= limit, f"{function} has {lines} lines"
 
 
@@ -310,11 +316,20 @@ def test_a_function_of_several_scripts_is_the_same_to_the_byte():
     bodies = {}
     for name in LINES:
         for function, body in functions(source(name)).items():
-            bodies.setdefault(function, {})[name] = body
+            if (name, function) not in SHORTER:
+                bodies.setdefault(function, {})[name] = body
     for function in IN_EVERY_SCRIPT:
         assert bodies[function].keys() == LINES.keys(), function
     different = {f: sorted(found) for f, found in bodies.items() if len(set(found.values())) > 1}
     assert different.keys() - OWN == set(), different
+
+
+@pytest.mark.parametrize("name, function", sorted(SHORTER))
+def test_a_shorter_copy_has_no_line_of_its_own(name, function):
+    lines = functions(source("grpo"))[function].splitlines()
+    for line in functions(source(name))[function].splitlines():
+        assert line in lines, line
+        lines = lines[lines.index(line) + 1 :]  # the next one comes later
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 DENSE = ["--overlong-tokens", 40]  # rewards differ by length too: few groups have zero variance
 
 
+# RL with an SFT loss on whole demonstrations; with --hpt-gate HPT
+HPT = "--prefix-schedule full --prefix-loss all --prefix-weight sft".split()
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -41,6 +45,10 @@ GRPO_FLAGS = {
     "several updates, KL, resampling": (
         "--epochs-per-batch 2 --minibatches 2 --kl-coef 0.1 --dynamic-sampling 2 --overlong-tokens 10 "
         "--advantage grpo --loss-norm token --steps 2 --eval-samples 0"
+    ).split(),
+    "relatives": (
+        "--advantage maxrl --ratio sequence --loss-norm sequence --clip cispo --clip-low 1 --clip-high 4 "
+        "--minibatches 2 --tis-cap 2 --steps 2 --eval-samples 0"
     ).split(),
 }
 
@@ -61,6 +69,47 @@ def test_prefix_rft_without_demonstrations_is_grpo(run, tmp_path):
     a = run("grpo", tmp_path / "grpo", "--steps", 2, *DENSE, *QUICK)
     b = run("prefix_rft", tmp_path / "prefix_rft", "--steps", 2, "--demo-fraction", 0, *DENSE, *QUICK)
     same_weights(a / "final", b / "final")
+
+
+def test_hpt_without_demonstrations_is_grpo(run, tmp_path):
+    """A gate of 1 imitates every question that has a demonstration; here none has one."""
+    a = run("grpo", tmp_path / "grpo", "--steps", 1, *DENSE, *QUICK)
+    flags = [*HPT, "--hpt-gate", 1, "--demo-fraction", 0]
+    b = run("prefix_rft", tmp_path / "hpt", "--steps", 1, *flags, *DENSE, *QUICK)
+    same_weights(a / "final", b / "final")
+
+
+def test_hpt_that_imitates_every_question_is_sft(run, tmp_path, float64):
+    """The same questions in the same order, one update on their demonstrations, the same weights."""
+    a = run("sft", tmp_path / "sft", "--steps", 1, *QUICK)
+    b = run("prefix_rft", tmp_path / "hpt", "--steps", 1, *HPT, "--hpt-gate", 1, *QUICK)
+    same_weights(a / "final", b / "final", 1e-9)
+    c = run("prefix_rft", tmp_path / "gate", "--steps", 1, *HPT, "--hpt-gate", 0, *QUICK)
+    with pytest.raises(AssertionError):  # some question is solved, and reinforced
+        same_weights(a / "final", c / "final", 1e-9)
+
+
+def test_an_sft_loss_with_coefficient_0_is_no_loss_on_the_prefix(run, tmp_path):
+    more = ["--steps", 1, "--prefix-schedule", "uniform", *QUICK]
+    none = run("prefix_rft", tmp_path / "none", "--prefix-loss", "none", *more)
+    flags = ["--prefix-loss", "all", "--prefix-weight", "chord", "--sft-coef", 0]
+    zero = run("prefix_rft", tmp_path / "zero", *flags, *more)
+    same_weights(none / "final", zero / "final")
+    same_metrics(none, zero)
+
+
+def test_srft_with_coefficient_0_is_prefix_rft_with_all_tokens(run, tmp_path):
+    more = ["--steps", 1, "--prefix-loss", "all", *QUICK]
+    a = run("prefix_rft", tmp_path / "ratio", *more)
+    b = run("prefix_rft", tmp_path / "srft", "--prefix-weight", "srft", "--sft-coef", 0, *more)
+    same_weights(a / "final", b / "final")
+
+
+def test_hybrids_of_whole_demonstrations_are_one_demonstration(run, tmp_path, float64):
+    """G copies of a demonstration have A = 0. Their SFT loss is the mean over G times the same tokens."""
+    a = run("sft", tmp_path / "sft", "--steps", 1, *QUICK)
+    b = run("prefix_rft", tmp_path / "hybrids", "--steps", 1, *HPT, "--hybrids", 4, *QUICK)
+    same_weights(a / "final", b / "final", 1e-9)
 
 
 def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):
@@ -96,6 +145,52 @@ def test_grpo_on_demonstrations_with_ratio_and_advantage_one_is_sft(tiny, demons
     model.zero_grad()
 
 
+def loss_and_gradient(logp, old, A, mask, norm, *flags):
+    """Of policy_loss with these flags; old None is the policy itself."""
+    logp = logp.clone().requires_grad_()
+    inv_z = grpo.inverse_z(mask, norm, 100)
+    old = logp.detach() if old is None else old
+    args = grpo.parse_args([*flags])
+    loss, _, _ = grpo.policy_loss(logp, old, logp.detach(), A, mask, inv_z, args)
+    loss.backward()
+    return loss.item(), logp.grad
+
+
+def few_tokens(width):
+    g = torch.Generator().manual_seed(0)
+    logp, old = -torch.rand(2, 40, width, generator=g)
+    return logp, old, torch.randn(40, 1, generator=g).expand(40, width), torch.ones(40, width)
+
+
+def test_gspo_of_one_token_is_grpo_bit_for_bit():
+    logp, old, A, mask = few_tokens(1)
+    a = loss_and_gradient(logp, old, A, mask, "sequence")
+    b = loss_and_gradient(logp, old, A, mask, "sequence", "--ratio", "sequence")
+    assert a[0] == b[0] and torch.equal(a[1], b[1])
+    zero = (a[1] == 0).sum()  # tokens outside the trust region
+    assert 0 < zero < 40
+
+
+def test_at_the_first_update_gspo_and_cispo_have_the_gradient_of_grpo_bit_for_bit():
+    """The ratio is 1: their factors differ only once the policy has moved."""
+    logp, old, A, mask = few_tokens(5)
+    _, want = loss_and_gradient(logp, None, A, mask, "token")
+    for flags in (["--ratio", "sequence"], ["--clip", "cispo"]):
+        assert torch.equal(loss_and_gradient(logp, None, A, mask, "token", *flags)[1], want)
+        assert not torch.allclose(loss_and_gradient(logp, old, A, mask, "token", *flags)[1], want)
+
+
+def test_cispo_and_grpo_differ_only_outside_the_trust_region():
+    logp, old, A, mask = few_tokens(5)
+    _, a = loss_and_gradient(logp, old, A, mask, "token")
+    _, b = loss_and_gradient(logp, old, A, mask, "token", "--clip", "cispo")
+    r = (logp - old).exp()
+    inside = (r >= 0.8) & (r <= 1.2)
+    assert 0 < inside.sum() < 200
+    torch.testing.assert_close(a[inside], b[inside])
+    assert not torch.isclose(a[~inside], b[~inside]).any() and (b != 0).all()
+
+
 def test_gradient_is_that_of_the_plain_cross_entropy(tiny, demonstrations):
     """The usual code: logits of the whole model, shifted labels, -100 outside the response."""
     (model, _), (tokens, mask) = tiny, demonstrations
@@ -110,6 +205,78 @@ def test_gradient_is_that_of_the_plain_cross_entropy(tiny, demonstrations):
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, ours[name], rtol=1e-4, atol=1e-6)
     model.zero_grad()
+
+
+# ---- a sampler that differs ------------------------------------------------------------------------------
+
+
+def enumerated(monkeypatch, prompt, sampled_logp, A):
+    """Rollouts become one group with every token of the vocabulary as a response, with these advantages."""
+
+    def rollout(model, tokenizer, rows, args):
+        group = []
+        for v in range(len(A)):
+            completion = {"prompt": prompt, "response": [v], "sampled_logp": [sampled_logp[v].item()]}
+            completion |= {"question": "", "text": "", "gold": "", "reward": A[v].item()}
+            group.append(completion | {"correct": 0.0, "truncated": False})
+        return [group]
+
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    monkeypatch.setattr(grpo, "advantages", lambda rewards, how: rewards)
+
+
+@pytest.mark.parametrize("cap", [1e6, 1.5])
+def test_importance_weights_make_the_gradient_on_policy(run, tmp_path, float64, monkeypatch, cap):
+    """Exact: the sum over the vocabulary of q min(pi / q, C) R grad log pi; q cancels if C is large.
+
+    One run of main has samples of q and --tis-cap C, the other has the factors of the sum as advantages.
+    """
+    model, tokenizer = models.load_model("tiny/model")
+    [prompt] = tok.encode_prompts(tokenizer, ["Compute 1 + 1."])
+    with torch.no_grad():
+        log_pi = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    g = torch.Generator().manual_seed(0)
+    V = len(log_pi)
+    log_q = (log_pi + torch.randn(V, generator=g)).log_softmax(-1)
+    R = torch.randn(V, generator=g)
+    pi, q = log_pi.exp(), log_q.exp()
+    assert (pi / q > 1.5).float().mean() > 0.1  # the smaller cap acts
+
+    more = ["--steps", 1, "--batch-size", 1, "--group-size", V, *QUICK]
+    enumerated(monkeypatch, prompt, log_q, q * R)
+    a = run("grpo", tmp_path / "sampler", "--tis-cap", cap, *more)
+    enumerated(monkeypatch, prompt, log_pi, torch.minimum(pi, cap * q) * R)
+    b = run("grpo", tmp_path / "policy", *more)
+    same_weights(a / "final", b / "final", 1e-9)
+    x, y = (read_jsonl(folder / "metrics.jsonl")[1] for folder in (a, b))
+    assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-9) and y["grad_norm"] > 0
+    assert x["sampler_gap"] == pytest.approx((log_pi - log_q).abs().mean().item(), rel=1e-9)
+    assert y["sampler_gap"] < 1e-9
+
+
+@pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
+def test_a_sampler_that_is_the_policy_needs_no_weights_bit_for_bit(run, tmp_path, monkeypatch, name):
+    """Where log pi_sampler is what the scoring pass gives, --tis-cap changes no bit."""
+    script = SCRIPTS[name]
+    rollout = script.rollout
+
+    def exact(model, tokenizer, rows, *more):
+        groups = rollout(model, tokenizer, rows, *more)
+        batch = [completion for group in groups for completion in group]
+        tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch])
+        scored, _ = script.score(model, tokens, mask, more[-1])
+        for completion, logp, on in zip(batch, scored, mask):
+            completion["sampled_logp"] = logp[on == 1].tolist()
+        return groups
+
+    monkeypatch.setattr(script, "rollout", exact)
+    more = ["--steps", 2, "--minibatches", 2, *DENSE, *QUICK]  # pi_old is scored where there are two updates
+    a = run(name, tmp_path / "off", *more)
+    b = run(name, tmp_path / "on", "--tis-cap", 2, *more)
+    same_weights(a / "final", b / "final")
+    same_metrics(a, b)
+    lines = read_jsonl(b / "metrics.jsonl")[1:]
+    assert [line["sampler_gap"] for line in lines] == [0, 0] and lines[0]["grad_norm"] > 0
 
 
 # ---- how a batch is split changes nothing ----------------------------------------------------------------

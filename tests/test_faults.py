@@ -27,7 +27,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import common.tokenization as tok
 from common.plumbing import data as plumbing_data
-from common.plumbing import folders, models, runs, storage
+from common.plumbing import flags, folders, models, runs, storage
 
 MORE = {  # beside BASE: a run of about a second with every stage in it
     "sft": "",
@@ -416,6 +416,22 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--lr inf": "--lr inf: must be a finite number",
     "--minibatches 7": ("--minibatches 7: a step has only 6 completions", ("grpo", "prefix_rft", "rlhf_ppo")),
     "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
+    "--advantage maxrl --overlong-tokens 5": (
+        "--advantage maxrl: it divides by the mean reward, which --overlong-tokens can make 0",
+        ("grpo", "prefix_rft"),
+    ),
+    "--prefix-weight chord --minibatches 2": (
+        "--prefix-weight chord: its weight belongs to the policy before the update, but a step has 2 updates",
+        ("prefix_rft",),
+    ),
+    "--prefix-weight luffy --epochs-per-batch 3": ("but a step has 6 updates", ("prefix_rft",)),
+    "--hybrids 4": ("--hybrids 4: must be at most 3: a group has 3 completions.", ("prefix_rft",)),
+    "--hybrids 3 --hpt-gate 0": (
+        "--hybrids 3: must be at most 2: a group has 3 completions, and --hpt-gate judges one",
+        ("prefix_rft",),
+    ),
+    "--ratio response": ("--ratio response: must be one of token, sequence", ("grpo", "prefix_rft")),
+    "--tis-cap -1": ("--tis-cap -1: must be at least 0", ("grpo", "prefix_rft")),
     "--max-demo-tokens 19": (
         "--max-demo-tokens 19: less than --max-new-tokens",
         ("rft_rejection", "dpo"),
@@ -512,6 +528,17 @@ def test_bad_input_gets_one_sentence(name, arguments, files, earlier, capsys):
             assert tree(earlier.parent) == before, given
 
 
+@pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
+def test_gspo_with_another_normaliser_is_reported(name, capsys):
+    """It runs, but is not GSPO: long responses weigh more. Said once, and only then."""
+    for norm, said in (("sequence", 0), ("token", 1), ("constant", 1)):
+        flags.check(SCRIPTS[name].parse_args(["--ratio", "sequence", "--loss-norm", norm]))
+        printed = capsys.readouterr().out
+        assert printed.count("--ratio sequence: GSPO is a mean over responses; without --loss-norm") == said
+    flags.check(SCRIPTS[name].parse_args([]))
+    assert not capsys.readouterr().out
+
+
 def test_bad_input_of_a_process(spawn, files, tmp_path):
     """The libraries underneath print nothing of their own."""
     process = spawn("sft", tmp_path / "run", "--data", files["broken"])
@@ -545,6 +572,8 @@ BOUNDS = {  # flag: the last values that are accepted, as text; None: none that 
     "prefix_decay_steps": ("1", None),
     "prefix_entropy_keep": ("0", "1"),
     "demo_fraction": ("0", "1"),
+    "hybrids": ("1", None),
+    "hpt_gate": ("-1", "1"),
     "lam": ("0", "1"),
     "no_eos_score": ("-1e9", None),
     ("dpo", "k"): ("1", None),  # in rft_rejection.py 0 with --add-gold

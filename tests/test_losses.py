@@ -1,6 +1,6 @@
 """Losses and weights against independent float64 loops, worked examples and values printed by TRL."""
 
-from math import cos, exp, log, pi
+from math import comb, cos, exp, log, pi
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +36,8 @@ def close(got, want, tolerance=1e-6):
         ("dr_grpo", 2, (-0.25, 0.75)),
         ("grpo", 1, (-0.35355, 2.47487)),
         ("dr_grpo", 1, (-0.125, 0.875)),
+        ("maxrl", 2, (-1.0, 3.0)),
+        ("maxrl", 1, (-1.0, 7.0)),
     ],
 )
 def test_advantages_of_a_group_of_eight(how, correct, values):
@@ -44,6 +46,22 @@ def test_advantages_of_a_group_of_eight(how, correct, values):
     A = grpo.advantages(rewards, how)
     close(A[0], [values[1]] * correct + [values[0]] * (8 - correct), 1e-5)
     assert (A[1:] == 0).all()  # all correct, all incorrect: exactly 0
+
+
+def test_maxrl_estimates_the_gradient_of_log_p():
+    """Exact, over all outcomes of G = 6 completions of which each is correct with probability p.
+
+    The mean of A_i grad log pi(y_i) is that of - sum over k < G of (1 - p)^k / k, the first terms of log p.
+    Only with G = 2 is it the gradient of p itself.
+    """
+    for G, p in ((6, 0.3), (6, 0.05), (2, 0.3)):
+        outcomes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * G)  # [2^G, G]
+        likelihood = torch.where(outcomes == 1, p, 1 - p).prod(1)
+        score = torch.where(outcomes == 1, 1 - p, -p)  # d log pi(y) / d logit of p
+        A = grpo.advantages(outcomes, "maxrl")
+        slope = p * (1 - p)  # d p / d logit
+        series = sum((1 - p) ** (k - 1) for k in range(1, G))  # d/dp of the terms above
+        close((likelihood * (A * score).mean(1)).sum(), slope * series, 1e-5)
 
 
 # ---- 1/Z -------------------------------------------------------------------------------------------------
@@ -115,6 +133,24 @@ def test_the_first_update_has_ratio_one_and_a_gradient():
     close(logp.grad, -A)
 
 
+@pytest.mark.parametrize(
+    "ratio, A, low, high, weight",
+    [
+        (1.1, 1, 0.2, 0.2, 1.1),
+        (1.5, 1, 0.2, 0.2, 1.2),  # PPO's clip gives 0: here the weight is clipped
+        (0.5, -1, 0.2, 0.2, -0.8),
+        (0.5, 1, 0.2, 0.2, 0.8),
+        (1.5, -1, 0.2, 0.2, -1.2),
+        (0.01, -1, 1, 4, -0.01),  # as published: no lower bound
+        (7.0, 1, 1, 4, 5.0),
+    ],
+)
+def test_cispo_table(ratio, A, low, high, weight):
+    """clip(r) A, whatever the sign of A; the value is that times log pi."""
+    changed = {"clip": "cispo", "clip_low": low, "clip_high": high}
+    close(surrogate(ratio, A, **changed), (weight * log(ratio), weight))
+
+
 def random_batch(seed=0, shape=(5, 9)):
     """Log-probabilities of three policies, advantages, a ragged mask; every case of the clip occurs."""
     g = torch.Generator().manual_seed(seed)
@@ -154,6 +190,56 @@ def test_policy_loss_and_gradient(how, beta, high, seed):
     close(loss.item(), want)
     close(logp.grad, gradient)
     assert (logp.grad[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cispo_loss_and_gradient(seed):
+    """Token by token; the mean is over all tokens."""
+    logp, old, ref, A, mask = random_batch(seed)
+    logp.requires_grad_()
+    args = settings(clip="cispo", clip_low=0.3, clip_high=0.5)
+    inv_z = grpo.inverse_z(mask, "token", 20).double()
+    loss, _, _ = grpo.policy_loss(logp, old, ref, A, mask, inv_z, args)
+    loss.backward()
+    want, gradient, clipped = 0.0, np.zeros(logp.shape), set()
+    for i, t in mask.nonzero().tolist():
+        r = exp(logp[i, t].item() - old[i, t].item())
+        weight = min(max(r, 0.7), 1.5) * A[i, t].item() / mask.sum().item()
+        want -= weight * logp[i, t].item()
+        gradient[i, t] = -weight
+        clipped.add((r < 0.7) - (r > 1.5))
+    assert clipped == {-1, 0, 1}
+    close(loss.item(), want)
+    close(logp.grad, gradient)
+
+
+def sequence_form(logp, old, A, mask, low, high):
+    """GSPO, 2507.18071, eq. 5: the mean over responses of min(s A, clip(s) A), for autograd."""
+    terms = []
+    for i in range(len(logp)):
+        on = mask[i].bool()
+        s = (logp[i, on] - old[i, on]).mean().exp()  # (pi(y) / pi_old(y))^(1 / |y|)
+        terms.append(torch.min(s * A[i, 0], s.clamp(1 - low, 1 + high) * A[i, 0]))
+    return -torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.05, 0.3), (3e-4, 4e-4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_gspo_has_the_gradient_of_its_sequence_form(low, high, seed):
+    """Every token has the weight s A / |y|; a response outside the trust region has none."""
+    logp, old, ref, A, mask = random_batch(seed)
+    old = logp + (old - logp) / 3  # ratios of responses are nearer to 1 than those of tokens
+    logp.requires_grad_()
+    args = settings(ratio="sequence", clip_low=low, clip_high=high)
+    inv_z = grpo.inverse_z(mask, "sequence", 20).double()
+    loss, ratio, _ = grpo.policy_loss(logp, old, ref, A, mask, inv_z, args)
+    [gradient] = torch.autograd.grad(loss, logp)
+    want = sequence_form(logp, old, A, mask, low, high)
+    close(loss.item(), want.item())
+    close(gradient, torch.autograd.grad(want, logp)[0])
+    for i, row in enumerate(ratio):  # one ratio a response, the geometric mean
+        ratios = [exp(logp[i, t].item() - old[i, t].item()) for t in range(9) if mask[i, t]]
+        close(row, [np.prod(ratios) ** (1 / len(ratios))] * 9)
 
 
 # ---- KL --------------------------------------------------------------------------------------------------
@@ -233,16 +319,44 @@ TRL = [
         [0.0023562, 0.0563834, 0.0000000, 0.0000000, 0.0000000],
         [0.0182561, 0.0374709, 0.0229207, -0.0156207, 0.0259826],
     ]),
+    ("gspo", 0.2, 0.0, -0.0519946, [
+        [-0.0715335, -0.0715335, -0.0715335, -0.0715335, 0.0000000],
+        [0.0754031, 0.0754031, 0.0000000, 0.0000000, 0.0000000],
+        [0.0166667, 0.0166667, 0.0166667, 0.0166667, 0.0166667],
+    ]),
+    ("gspo", 0.1, 0.1, -0.0327776, [
+        [0.0015106, -0.0018450, -0.0008764, -0.0054060, 0.0000000],
+        [0.0797228, 0.0769892, 0.0000000, 0.0000000, 0.0000000],
+        [0.0133878, 0.0166667, 0.0183945, 0.0052115, 0.0173011],
+    ]),
+    ("cispo", 1.2, 0.0, 0.1608924, [
+        [-0.0818182, -0.0505103, -0.0695592, -0.0818182, 0.0000000],
+        [0.0304691, 0.0545455, 0.0000000, 0.0000000, 0.0000000],
+        [0.0227273, 0.0272727, 0.0205645, 0.0137848, 0.0251175],
+    ]),
+    ("cispo", 1.5, 0.1, 0.2098780, [
+        [-0.0833119, -0.0525231, -0.0705153, -0.1081702, 0.0000000],
+        [0.0328253, 0.0563834, 0.0000000, 0.0000000, 0.0000000],
+        [0.0182561, 0.0340909, 0.0229207, -0.0018360, 0.0259826],
+    ]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_type, high, beta, value, gradient", TRL)
 def test_loss_and_gradient_equal_those_of_trl(loss_type, high, beta, value, gradient):
-    """TRL calls the mean of means grpo, the mean over tokens dapo and the constant dr_grpo."""
+    """TRL calls the mean of means grpo, the mean over tokens dapo and the constant dr_grpo.
+
+    Its epsilon_high is the largest ratio of CISPO; ours is the distance from 1.
+    """
     logp, old, ref, A, mask = trl_values.tensors()
     logp.requires_grad_()
-    inv_z = grpo.inverse_z(mask, {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}[loss_type], 8)
+    norms = {"dapo": "token", "cispo": "token", "dr_grpo": "constant"}
+    inv_z = grpo.inverse_z(mask, norms.get(loss_type, "sequence"), 8)
     args = settings(clip_high=high, kl_coef=beta)
+    if loss_type == "gspo":
+        args.ratio = "sequence"
+    if loss_type == "cispo":
+        args.clip, args.clip_low, args.clip_high = "cispo", 1, high - 1
     loss, _, _ = grpo.policy_loss(logp, old, ref, A[:, None], mask, inv_z, args)
     loss.backward()
     close([loss.item()], [value])
@@ -284,6 +398,18 @@ def test_other_prefix_schedules():
     assert min(prefix_lengths(1, prefix_schedule="uniform")) < 80 and max(prefix_lengths(1)) <= 950
     assert set(prefix_lengths(1, 3, prefix_schedule="full")) == {1000}  # the whole demonstration with EOS
     assert set(prefix_lengths(1, 3, prefix_schedule="none")) == {0}
+
+
+@pytest.mark.parametrize("step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0), (900, 0)])
+def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
+    """l = k / 5, k ~ Binomial(5, p), where p is the lower bound of the cosine schedule; then no prefix."""
+    changed = {"prefix_schedule": "binomial", "prefix_decay_steps": 500}
+    lengths = prefix_lengths(step, 2000, **changed)
+    fifths = np.bincount(np.array(lengths) // 200, minlength=6)
+    assert set(lengths) <= {0, 200, 400, 600, 800, 1000} and fifths.sum() == 2000
+    for k, seen in enumerate(fifths / 2000):
+        expected = comb(5, k) * p**k * (1 - p) ** (5 - k)
+        assert abs(seen - expected) < 0.045, (k, seen, expected)  # four standard deviations at most
 
 
 def test_a_prefix_is_the_beginning_of_the_ids():
@@ -335,6 +461,66 @@ def test_prefix_weight_at_p_0_3(how, weight):
     close(prefix_rft.prefix_weight(A, logp, -logp, prefix, torch.ones(1, 2), args), [[weight, 2.0]])
 
 
+# two questions of three completions; the first of each continues a demonstration
+HYBRID_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]] * 2)
+HYBRID_PREFIX = HYBRID_MASK * torch.tensor([[1, 1, 1, 0], [0] * 4, [0] * 4, [1, 1, 1, 1], [0] * 4, [0] * 4])
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("how", ["sft", "chord", "srft"])
+def test_losses_of_relatives_on_the_prefix(how, norm):
+    """weight / Z of each prefix token, in plain loops: a mean over the prefix tokens of the batch, times c.
+
+    SFT: c / n. CHORD: c / n p (1 - p). SRFT: c / n 0.5 exp(-H) + A / Z, H the mean of one demonstration.
+    """
+    g = torch.Generator().manual_seed(3)
+    logp = -3 * torch.rand(6, 4, generator=g)
+    entropy = 2 * torch.rand(6, 4, generator=g)  # also outside the prefix, where it must not count
+    A = torch.randn(6, 1, generator=g).expand(6, 4)
+    args = settings(prefix_weight=how, prefix_loss="all", sft_coef=0.3, loss_norm=norm)
+    weight = prefix_rft.prefix_weight(A, logp, entropy, HYBRID_PREFIX, HYBRID_MASK, args)
+    inv_z = prefix_rft.inverse_z(HYBRID_MASK, norm, args.max_new_tokens)
+    n = 7
+    for i in range(6):
+        on = [t for t in range(4) if HYBRID_PREFIX[i, t]]
+        for t in range(4):
+            if t not in on:
+                assert weight[i, t] == A[i, t]
+                continue
+            p, H = exp(logp[i, t]), sum(entropy[i, u].item() for u in on) / len(on)
+            own = {"sft": 1, "chord": p * (1 - p), "srft": 0.5 * exp(-H)}[how]
+            rl = A[i, t].item() * inv_z[i].item() if how == "srft" else 0
+            close(weight[i, t] * inv_z[i, 0], 0.3 / n * own + rl, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "rewards, gate, imitated",
+    [
+        ([[1, 0, 0], [1, 1, 0]], 0, [True, False]),  # a correct demonstration does not count
+        ([[0, 0, 0], [0, 0, 1]], 0, [True, False]),
+        ([[1, 0, 1], [1, 1, 1]], 0.5, [True, False]),  # half of them: not above the gate
+        ([[0, 1, 1], [0, 1, 1]], 1, [True, True]),
+    ],
+)
+def test_hpt_imitates_what_is_not_solved_and_reinforces_the_rest(rewards, gate, imitated):
+    A = torch.arange(1.0, 7)[:, None] * HYBRID_MASK
+    args = settings(hpt_gate=gate, group_size=3)
+    kept, prefix = prefix_rft.hpt_gate(A, HYBRID_PREFIX, torch.tensor(rewards).float(), args)
+    for i in range(6):
+        for t in range(4):
+            demonstration = HYBRID_PREFIX[i, t] == 1
+            assert prefix[i, t] == (demonstration and imitated[i // 3])
+            assert kept[i, t] == (A[i, t] if demonstration == imitated[i // 3] else 0)
+
+
+def test_hpt_reinforces_what_has_no_demonstration():
+    """There is nothing to imitate, and the first completion is one of the policy like the others."""
+    A, nothing = torch.ones(6, 4), torch.zeros_like(HYBRID_PREFIX)
+    args = settings(hpt_gate=0.5, group_size=3)
+    kept, prefix = prefix_rft.hpt_gate(A, nothing, torch.tensor([[1.0, 0, 0]] * 2), args)
+    assert (kept == 1).all() and (prefix == 0).all()
+
+
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_an_sft_loss_on_prefixes_is_a_mean_for_every_z(norm):
     """weight / Z is 1 / n on each of the n prefix tokens, as in sft.py; other tokens keep their A."""
@@ -352,7 +538,7 @@ def test_a_group_of_correct_answers_has_zero_variance_whatever_their_lengths(tin
     """DAPO samples until 0 < correct < G. A length penalty alone does not keep a group."""
     texts = ["1 \\boxed{1}", "1 1 1 1 1 1 \\boxed{1}"]
     responses = [tok.encode_response(tiny[1], text) for text in texts]
-    monkeypatch.setattr(grpo, "sample", lambda *_: (responses, None))
+    monkeypatch.setattr(grpo, "sample", lambda *_: (responses, responses))
     args = grpo.parse_args("--group-size 2 --overlong-tokens 20 --max-new-tokens 24".split())
     [group] = grpo.rollout(*tiny, [{"question": "a", "gold": "1"}], args)
     assert [c["correct"] for c in group] == [1, 1]
@@ -387,10 +573,14 @@ def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, m
 
 @pytest.mark.parametrize("script", [grpo, prefix_rft])
 def test_soft_overlong_penalty(script, monkeypatch):
-    """Budget 100, of which the last 20 are penalised: lengths 80, 90, 95, 100 cost 0, .5, .75, 1."""
+    """Budget 100, of which the last 20 are penalised: lengths 80, 90, 95, 100 cost 0, .25, .375, .5.
+
+    DAPO's rewards are 1 and -1, twice as far apart as ours, and so is its penalty.
+    """
     lengths, args = [80, 90, 95, 100], settings(max_new_tokens=100, overlong_tokens=20, group_size=4)
     args.prefix_schedule = "none"
-    monkeypatch.setattr(script, "sample", lambda *_: ([[7] * n for n in lengths], None))
+    responses = [[7] * n for n in lengths]
+    monkeypatch.setattr(script, "sample", lambda *_: (responses, responses))
     monkeypatch.setattr(script, "math_reward", lambda texts, golds: [1.0, 1.0, 0.0, 1.0])
     known = {"stop_ids": [0], "encode_prompts": [[1]] * 4, "decode_responses": ["text"] * 4}
     for name, value in known.items():
@@ -398,7 +588,7 @@ def test_soft_overlong_penalty(script, monkeypatch):
     model, row = SimpleNamespace(config=None), {"question": "q", "gold": "1"}
     more = (1,) if script is prefix_rft else ()
     [group] = script.rollout(model, None, [row], *more, args)
-    close([c["reward"] for c in group], [1, 0.5, -0.75, 0])
+    close([c["reward"] for c in group], [1, 0.75, -0.375, 0.5])
 
 
 # ---- groups ----------------------------------------------------------------------------------------------
@@ -409,7 +599,7 @@ def test_a_group_is_of_one_question(script, monkeypatch):
     """Three questions with four completions each: prompt, gold and question of a group belong together."""
     args = settings(group_size=4, prefix_schedule="none")
     rows = [{"question": f"{i}?", "gold": str(i)} for i in range(3)]
-    monkeypatch.setattr(script, "sample", lambda model, tokenizer, prompts, *_: (prompts, None))
+    monkeypatch.setattr(script, "sample", lambda model, tokenizer, prompts, *_: (prompts, prompts))
     monkeypatch.setattr(script.tok, "stop_ids", lambda *_: [99])
     monkeypatch.setattr(script.tok, "encode_prompts", lambda _, texts, *__: [[int(x[0])] for x in texts])
     monkeypatch.setattr(

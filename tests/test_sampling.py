@@ -1,10 +1,11 @@
 """Sampling and scoring are one distribution; greedy decoding is that of transformers; nothing leaks in."""
 
+from math import exp
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, gpt2
+from conftest import ROOT, gpt2, read_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
 
 import common.tokenization as tok
 import grpo
+import prefix_rft
 from common.plumbing import decoding, models
 
 # of different lengths, so all but the longest are padded on the left; two are equal
@@ -81,6 +83,85 @@ def test_log_probs_of_samples_are_those_of_scoring(pair, temperature):
     torch.testing.assert_close(scored[:, 1:], plain, atol=1e-4, rtol=0)
     torch.testing.assert_close(entropy[:, 1:], -(p.exp() * p).sum(-1) * mask[:, 1:], atol=1e-4, rtol=0)
     assert (scored[mask == 0] == 0).all()
+
+
+def rolled_out(script, tiny, *flags):
+    """The completions of four groups of four, and the arguments; demonstrations of different lengths."""
+    args = script.parse_args(["--group-size", "4", "--max-new-tokens", "40", *flags])
+    solution = "Let me work step by step. Step 1: 3 * 2 = 6. So the answer is \\boxed{6}"
+    rows = [{"question": q, "gold": "6", "solution": solution, "demonstrated": True} for q in QUESTIONS[:4]]
+    torch.manual_seed(0)
+    groups = script.rollout(*tiny, rows, *([1] * (script is prefix_rft)), args)
+    return [completion for group in groups for completion in group], args
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (grpo, ""),
+        (prefix_rft, ""),
+        (prefix_rft, "--prefix-schedule uniform --hybrids 3"),
+        (prefix_rft, "--prefix-schedule full"),
+    ],
+)
+def test_a_completion_has_the_log_probs_of_its_sampler(script, flags, tiny):
+    """One for each response token: what scoring gives, and 0 for a prefix, which nobody sampled."""
+    batch, args = rolled_out(script, tiny, *flags.split())
+    tokens, mask = tok.join([c["prompt"] for c in batch], [c["response"] for c in batch])
+    scored, _ = script.score(tiny[0], tokens, mask, args)
+    sampled = 0
+    for completion, logp, on in zip(batch, scored, mask):
+        n = completion.get("prefix_len", 0)
+        seen = completion["sampled_logp"]
+        assert len(seen) == len(completion["response"]) and seen[:n] == [0.0] * n
+        torch.testing.assert_close(torch.tensor(seen[n:]), logp[on == 1][n:], atol=1e-4, rtol=0)
+        sampled += len(seen) - n
+    assert sampled > 20
+
+
+@pytest.mark.parametrize("hybrids", [1, 3, 4])
+def test_the_first_few_completions_of_a_group_share_a_prefix(hybrids, tiny):
+    batch, _ = rolled_out(prefix_rft, tiny, "--prefix-schedule", "uniform", "--hybrids", str(hybrids))
+    lengths = torch.tensor([c["prefix_len"] for c in batch]).view(4, 4)
+    assert (lengths[:, :hybrids] == lengths[:, :1]).all() and (lengths[:, hybrids:] == 0).all()
+    assert len(set(lengths[:, 0].tolist())) > 1  # drawn for each question anew
+    for i, completion in enumerate(batch):
+        first = batch[i - i % 4]["response"]
+        assert completion["response"][: lengths[i // 4, i % 4]] == first[: lengths[i // 4, i % 4]]
+
+
+@pytest.mark.parametrize("name, updates", [("grpo", 1), ("prefix_rft", 1), ("prefix_rft", 2)])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_sampler_gap_is_the_distance_of_the_sampler(name, updates, shift, run, tmp_path, monkeypatch):
+    """Sampler and policy agree but for rounding. A sampler with e^-0.5 times the probabilities is seen.
+
+    With --tis-cap each gradient is multiplied by e^0.5, or by the cap. Prefix tokens count as 0.
+    """
+    script = {"grpo": grpo, "prefix_rft": prefix_rft}[name]
+    rollout = script.rollout
+
+    def shifted(*args):
+        groups = rollout(*args)
+        for completion in [completion for group in groups for completion in group]:
+            n = completion.get("prefix_len", 0)
+            own = [logp - shift for logp in completion["sampled_logp"][n:]]
+            completion["sampled_logp"] = completion["sampled_logp"][:n] + own
+        return groups
+
+    monkeypatch.setattr(script, "rollout", shifted)
+    few = "--steps 1 --eval-questions 1 --eval-samples 0 --save-every 0 --overlong-tokens 40".split()
+    lines = []
+    for i, cap in enumerate((0, 2, 1.2)):
+        out = run(name, tmp_path / str(i), *few, "--minibatches", updates, "--tis-cap", cap)
+        lines.append(read_jsonl(out / "metrics.jsonl")[1])
+    sampled = 1 - lines[0].get("prefix_frac", 0)
+    assert name == "grpo" or sampled < 0.9
+    for line in lines:
+        assert line["sampler_gap"] == pytest.approx(shift * sampled, abs=1e-5)
+    if name == "grpo":
+        norms = [line["grad_norm"] for line in lines]
+        assert norms[1] / norms[0] == pytest.approx(exp(shift), rel=1e-4)
+        assert norms[2] / norms[0] == pytest.approx(min(1.2, exp(shift)), rel=1e-4)
 
 
 def test_response_tokens_in_a_prompt_count_against_the_budget(tiny, monkeypatch):

@@ -49,6 +49,33 @@ TABLE = {
 }
 
 
+# the tables of relatives in docs/methods; each row has its check in a test with the script's name
+RELATIVES = {
+    "grpo": {
+        "--advantage maxrl": "I_clip · r · A / mean(R)",
+        "--ratio sequence": "I_clip · s · A, where s = exp(mean log r) of the response",
+        "--clip cispo": "clip(r) · A",
+        "--tis-cap C": "min(π_old/π_sampler, C) · I_clip · r · A",
+    },
+    "prefix_rft": {
+        "--prefix-weight luffy": "A · 0.1 p/(p + 0.1)²",
+        "--prefix-weight sft": "c · Z/n",
+        "--prefix-weight chord": "c · Z/n · p(1 − p)",
+        "--prefix-weight srft": "A + c · Z/n · 0.5 e^(−H)",
+        "--prefix-weight sft --hpt-gate 0": "c · Z/n where no on-policy completion is correct, else 0",
+        "--prefix-weight sft --hybrids 4": "c · Z/n in each of four completions",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_tables_of_relatives_say_what_is_checked_here(name):
+    page = (ROOT / f"docs/methods/{name}.md").read_text()
+    section = re.search(r"^### Relatives$(.*?)^#", page, re.M | re.S)[1]
+    rows = re.findall(r"^\| `(--[^`]+)` \| [^|]+ \| ([^|]+) \|$", section, re.M)
+    assert dict(rows) == RELATIVES[name]
+
+
 def test_the_table_says_what_is_checked_here():
     rows = re.findall(
         r"^\| `(\w+\.py)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$",
@@ -102,6 +129,97 @@ def test_weight_of_grpo(how, z):
     inside = torch.where(TWO_A > 0, r <= 1.2, r >= 0.8)
     assert {0, 1} == set(inside[TWO_A > 0].int().tolist()) == set(inside[TWO_A < 0].int().tolist())
     close(factor, -TWO_MASK * (inside * r * TWO_A + 0.1 * (exp(0.3) - 1)) / torch.tensor(z)[:, None])
+
+
+@pytest.mark.parametrize("flag", [flag for flag in RELATIVES["grpo"] if "tis" not in flag])
+def test_weight_of_a_relative_of_grpo(flag):
+    """Beside the factor that the flag changes, everything is as in the row of grpo.py."""
+    args = grpo.parse_args(flag.split())
+    shift = torch.linspace(1, -1, 24, dtype=torch.float64).view(6, 4).T  # log r
+    rewards = torch.tensor([[1.0, 0, 0, 0]])
+    A = grpo.advantages(rewards, args.advantage).double().view(4, 1) * TWO_MASK
+
+    def loss(logp, _):
+        inv_z = grpo.inverse_z(TWO_MASK, "sequence", 100).double()
+        return grpo.policy_loss(logp, logp.detach() - shift, logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    factor, _ = on_two_tokens(loss)
+    want = torch.zeros(4, 6, dtype=torch.float64)
+    cases = set()
+    for i in range(4):
+        on = [t for t in range(6) if TWO_MASK[i, t]]
+        for t in on:
+            r, a = exp(shift[i, t]), (0.75 if i == 0 else -0.25)
+            if flag == "--advantage maxrl":
+                a /= 0.25 + 1e-6  # the mean reward
+            if flag == "--ratio sequence":
+                r = exp(sum(shift[i, u].item() for u in on) / len(on))
+            inside = r <= 1.2 if a > 0 else r >= 0.8
+            want[i, t] = min(max(r, 0.8), 1.2) * a if flag == "--clip cispo" else inside * r * a
+            cases.add((a > 0, inside))
+    assert len(cases) >= 3  # of A > 0 and A < 0, inside and outside the trust region
+    close(factor, -want / torch.tensor([12, 16, 4, 20])[:, None])
+
+
+def test_weight_of_tis(run, tmp_path, monkeypatch):
+    """What main multiplies A with, where the sampler had e^-d times the probability: min(e^d, C)."""
+    rollout, policy_loss, seen = grpo.rollout, grpo.policy_loss, []
+    shifts = [0.4, -0.4, 0.1, 2.0]
+
+    def shifted(*args):
+        groups = rollout(*args)
+        for i, completion in enumerate(c for group in groups for c in group):
+            completion["sampled_logp"] = [x - shifts[i] for x in completion["sampled_logp"]]
+        return groups
+
+    def remember(logp, old, ref, A, mask, *more):
+        assert not A.requires_grad
+        seen.extend(row[on.bool()] for row, on in zip(A, mask))
+        return policy_loss(logp, old, ref, A, mask, *more)
+
+    monkeypatch.setattr(grpo, "rollout", shifted)
+    monkeypatch.setattr(grpo, "policy_loss", remember)
+    monkeypatch.setattr(grpo, "advantages", lambda rewards, how: torch.ones_like(rewards))
+    few = "--steps 1 --batch-size 1 --group-size 4 --eval-questions 1 --eval-samples 0 --tis-cap 1.5"
+    run("grpo", tmp_path / "run", *few.split())
+    assert len(seen) == 4 and all(row.max() - row.min() < 1e-4 for row in seen)
+    weights = sorted(row.mean().item() for row in seen)
+    assert weights == pytest.approx([exp(-0.4), exp(0.1), exp(0.4), 1.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", RELATIVES["prefix_rft"])
+def test_weight_of_a_relative_of_prefix_rft(flags):
+    """Two groups of two. The prefixes have 2 and 1 tokens of 13; with --hybrids 4, all four of a group, 7."""
+    args = prefix_rft.parse_args(f"{flags} --prefix-loss all --sft-coef 0.3 --loss-norm token".split())
+    args.group_size = 4 if args.hybrids == 4 else 2
+    hybrid = torch.tensor([[1], [0], [1], [0]]) if args.hybrids == 1 else torch.ones(4, 1, dtype=torch.long)
+    prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * hybrid
+    rewards = torch.tensor([[1.0, 0], [1, 1]]).view(-1, args.group_size)
+    seen = []
+
+    def loss(logp, entropy):
+        seen.append(entropy.detach())
+        A, imitated = TWO_A, prefix
+        if args.hpt_gate >= 0:
+            A, imitated = prefix_rft.hpt_gate(A, prefix, rewards, args)
+        A = prefix_rft.prefix_weight(A, logp.detach(), entropy.detach(), imitated, TWO_MASK, args)
+        inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
+        return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    factor, logp = on_two_tokens(loss)
+    n = 7 if args.hybrids == 4 else 2 if "hpt" in flags else 3  # HPT imitates one of the two questions
+    sft, want = 0.3 * 13 / n, TWO_A.clone()
+    for i, t in prefix.nonzero().tolist():
+        p, A, on = exp(logp[i, t]), TWO_A[i, t].item(), prefix[i].bool()
+        H = seen[0][i, on].mean().item()
+        how = flags.split()[1]
+        luffy = A * 0.1 * p / (p + 0.1) ** 2
+        srft = A + sft * 0.5 * exp(-H)
+        want[i, t] = {"luffy": luffy, "sft": sft, "chord": sft * p * (1 - p), "srft": srft}[how]
+    if "hpt" in flags:  # the first question is imitated, the second is reinforced
+        want[:2] *= prefix[:2]
+        want[2:] *= 1 - prefix[2:]
+    close(factor, -TWO_MASK * want / 13)
 
 
 @pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])

@@ -179,6 +179,26 @@ def check(args):
         sentence = f"must be at most --max-new-tokens {budget}."
         demand(args.overlong_tokens <= budget, f"--overlong-tokens {args.overlong_tokens}: {sentence}")
 
+    if given.get("overlong_tokens"):
+        sentence = "it divides by the mean reward, which --overlong-tokens can make 0; leave one of them out."
+        demand(args.advantage != "maxrl", f"--advantage maxrl: {sentence}")
+
+    if given.get("ratio") == "sequence" and args.loss_norm != "sequence":
+        sentence = "GSPO is a mean over responses; without --loss-norm sequence, long ones weigh more"
+        print(f"--ratio sequence: {sentence}")
+
+    if given.get("prefix_weight", "ratio") != "ratio":
+        updates = args.epochs_per_batch * args.minibatches
+        sentence = f"its weight belongs to the policy before the update, but a step has {updates} updates; "
+        sentence += "lower --minibatches and --epochs-per-batch to 1."
+        demand(updates == 1, f"--prefix-weight {args.prefix_weight}: {sentence}")
+
+    if "hybrids" in given:
+        most = args.group_size - (args.hpt_gate >= 0)
+        sentence = f"must be at most {most}: a group has {args.group_size} completions"
+        sentence += ", and --hpt-gate judges one without a prefix." if args.hpt_gate >= 0 else "."
+        demand(args.hybrids <= most, f"--hybrids {args.hybrids}: {sentence}")
+
     if "hinted" in given and not args.steps:
         args.hinted = "off"  # nothing is trained, so no demonstration has to be rewritten
 
