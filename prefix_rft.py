@@ -207,8 +207,8 @@ def rollout(model, tokenizer, rows, step, args):
     continuations, logps = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
     responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
-    sampled_logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logps)]
-    sampled_logp = [row[: len(y)] for y, row in zip(responses, sampled_logp)]
+    logps = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logps)]
+    logps = [row[: len(y)] for y, row in zip(responses, logps)]
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
@@ -221,7 +221,7 @@ def rollout(model, tokenizer, rows, step, args):
         completion = {
             "prompt": prompts[i],
             "response": responses[i],
-            "sampled_logp": sampled_logp[i],
+            "sampled_logp": logps[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],

@@ -2,8 +2,8 @@
 
     python experiments/picture.py            # writes docs/family.svg
 
-On the left, a line from a script to its parent has the share of code lines that differ. On the right are means
-and 95 % intervals of the study's rows (experiments/study.py), without a tuned method in two regimes.
+On the left, a line from a script to its parent has the share of code lines that differ. On the right are
+means and 95 % intervals of rows of the study (experiments/study.py), in two regimes.
 """
 
 import ast

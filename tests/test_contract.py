@@ -35,7 +35,7 @@ LONGER = {
 }
 
 FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
-    ("grpo", "prefix_rft"): (15, 0.85, 22),
+    ("grpo", "prefix_rft"): (15, 0.85, 22),  # with LUFFY, CHORD, SRFT, HPT and UFT as flags
     ("sft", "idft_hinted"): (30, 0.74, 24),
     ("sft", "rft_rejection"): (30, 0.74, 22),
     ("sft", "dpo"): (30, 0.74, 24),
