@@ -149,7 +149,8 @@ def legs(_folder):
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     parts = []
-    for size, seed, kinds in ((TRAINED["legs"], 1, 2), (ASKED, 2, 2), (ASKED, 3, 3)):
+    # entry i of a generator is drawn with seed + i, so seeds that are close give the same entries
+    for size, seed, kinds in ((TRAINED["legs"], 0, 2), (ASKED, 10**6, 2), (ASKED, 2 * 10**6, 3)):
         numbers = {"min_animals": kinds, "max_animals": kinds, "min_instances": 1, "max_instances": 12}
         # some are asked twice, and some of the held-out questions in training: more than are needed
         entries = create_dataset("leg_counting", size=size + size // 10, seed=seed, **numbers)
