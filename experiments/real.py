@@ -215,7 +215,8 @@ class Study:
 
     def next_cell(self):
         """The first cell that can be started now; None if there is none."""
-        done = {cell.key for cell in self.cells if self.done(cell)}
+        # a cell that runs again, for its model, has a record of earlier
+        done = {cell.key for cell in self.cells if self.done(cell)} - self.running
         for cell in self.left():
             is_free = cell.key not in self.running | self.failed
             if is_free and can_start(cell, done, self.records):
@@ -303,9 +304,9 @@ class Study:
         if child.returncode and self.stopping:
             raise Stopped
         if child.returncode:
-            lines = [line for line in log.read_text().splitlines() if line.strip()]
-            last = lines[-1] if lines else "nothing"
-            raise RuntimeError(f"exit status {child.returncode}; {log} ends in: {last}")
+            lines = ["", *log.read_text().splitlines()]
+            errors = [line for line in lines if "rror" in line] or lines  # a bar may stand after it
+            raise RuntimeError(f"exit status {child.returncode}; {log}: {errors[-1]}")
 
     def stop(self, *_):
         """Start nothing more, and let the scripts finish their step and save. A second time ends them."""

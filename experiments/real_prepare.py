@@ -166,13 +166,13 @@ def leg_row(question, animals, legs_of, answer):
     """A row from an entry of the generator: the legs of each kind, then their sum, step by step."""
     asked = question.partition("Now, ")[2].strip()  # without the sentence that is the same in all questions
     terms = [(count, legs_of[name]) for name, count in animals.items()]
-    steps = [f"{count} * {each} = {count * each}." for count, each in terms]
+    steps = [f"{count}*{each}={count * each}" for count, each in terms]
     total = terms[0][0] * terms[0][1]
     for count, each in terms[1:]:
-        steps.append(f"{total} + {count * each} = {total + count * each}.")
+        steps.append(f"{total}+{count * each}={total + count * each}")
         total += count * each
     assert str(total) == answer, f"{asked}: {total} is not the generator's {answer}"
-    solution = " ".join([*steps, f"The answer is {total}."])
+    solution = f"{', '.join(steps)}. The answer is {total}."  # without spaces: each would be a token
     return {"question": asked[0].upper() + asked[1:], "solution": solution, "answer": answer}
 
 
