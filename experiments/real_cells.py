@@ -60,7 +60,7 @@ SAMPLES, TEMPERATURE = 4, 0.6  # of an evaluation
 QUIET = "--eval-first off --eval-questions 1 --eval-samples 0"  # of training: the evaluation is another run
 DEVICES = {  # what changes speed and memory, and neither a gradient nor a distribution
     "cpu": "--sample-rows 128 --micro-batch-tokens 1024 --save-every 15",
-    "cuda": "--sample-rows 800 --micro-batch-tokens 16384 --save-every 0",
+    "cuda": "--sample-rows 800 --micro-batch-tokens 4096 --save-every 0",  # 10 GB a cell,
 }
 
 
