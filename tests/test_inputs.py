@@ -945,7 +945,7 @@ def test_the_bar_counts_responses_while_a_step_samples(monkeypatch, capsys):
         for ended in (0, 3, 0, 2):
             for function in decoding.ENDED:
                 function(ended)
-        assert "5 responses sampled" in capsys.readouterr().err, step  # of this step alone
+        assert ", 5 responses sampled" in capsys.readouterr().err, step  # of this step alone
         with runs.evaluating(7):
             for function in decoding.ENDED:
                 function(7)

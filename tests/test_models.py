@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
