@@ -136,7 +136,7 @@ def comparisons(records, size, data):
 
 def tuning(records, size, data):
     """pass@1 of each learning rate on the questions of tuning, the best in bold."""
-    lines = []
+    lines, ends = [], []
     for row, rates in RATES.items():
         found = found_rates(records, size, data, row)
         line = [row]
@@ -145,7 +145,12 @@ def tuning(records, size, data):
             line.append(f"**{text}**" if len(found) == len(rates) and rate == best(found) else text)
         if found:
             lines.append(line)
-    return table(["learning rates", "1st", "2nd", "3rd", "4th"], lines) if lines else []
+        if len(found) == len(rates) and best(found) in (rates[0], rates[-1]):
+            ends.append(row)
+    if not lines:
+        return []
+    lines = table(["learning rates", "1st", "2nd", "3rd", "4th"], lines)
+    return lines + ["", f"Best at an end of the rates that were tried: {', '.join(ends)}."] * bool(ends)
 
 
 def mixed(records, size, data):

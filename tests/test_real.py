@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, write_jsonl
 
 from common.plumbing.flags import BadInput
@@ -267,7 +268,7 @@ def test_a_process_that_fails_is_named_with_its_error(args):
         real.Study([], args).process(folder, "train", ["-c", code])
 
 
-def test_what_is_missing_is_said_before_anything_runs(tmp_path):
+def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
     bare = real.parse_args(["--runs", str(tmp_path), "--data", "legs"])
     with pytest.raises(
         BadInput, match=r"--model .*there is no model; python experiments/real.py --prepare\."
@@ -276,6 +277,13 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     with pytest.raises(BadInput, match=r"--data legs: .* is not there; .*--prepare --data legs\."):
+        real.check(bare)
+    (tmp_path / "data/legs").mkdir(parents=True)
+    (tmp_path / "data/legs/asked.jsonl").write_text("")
+    real.check(bare)
+    bare.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="--device cuda: torch finds no GPU; use --device cpu"):
         real.check(bare)
 
 
@@ -447,6 +455,9 @@ def test_the_tables_are_those_of_the_records(records):
     assert any(line.startswith(over) for line in lines)
     assert not any("prefix_rft" in line for line in lines)  # nothing is said of what has not run
     assert "| sft | 0.300 at 2e-05 | 0.300 at 5e-05 | **0.400 at 0.0001** | 0.300 at 0.0002 |" in lines
+    assert not any("end of the rates" in line for line in lines)
+    found = real_report.tuning(tuned(best=3) | tuned(rows=["sft", "dft"], best=1), "small", "wp")
+    assert found[-1] == "Best at an end of the rates that were tried: grpo, prefix_rft."
     assert lines[-1].startswith("![") and (ROOT / "docs" / lines[-1].split("(")[1][:-1]) == (
         ROOT / "docs/../experiments/results/real.svg"
     )
