@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import gpu, intervals, ppo_sweep, reproduce, speed, tables, tune
+from experiments import gpu, intervals, ppo_sweep, real_cells, real_report, reproduce, speed, tables, tune
 
 README = (ROOT / "README.md").read_text()
 PAGES = {page.relative_to(ROOT): page.read_text() for page in tables.pages()}
@@ -243,6 +243,12 @@ def test_the_pages_have_what_was_measured_on_a_gpu():
 def test_the_page_has_the_speeds_that_were_measured():
     records = json.loads((ROOT / "experiments/results/speed.json").read_text())
     assert has("docs/benchmarks.md", "speed", speed.table(records))
+
+
+def test_the_page_has_the_runs_of_a_pretrained_model():
+    records = real_cells.read(real_cells.RECORDS)
+    assert has("docs/results.md", "real", real_report.report_lines(records))
+    assert real_report.FIGURE.exists() == bool(real_report.places(records))
 
 
 @pytest.mark.parametrize("at_3x, taken", [(0.515, 2e-4), (0.53, 6e-4)])

@@ -40,6 +40,7 @@ from common.plumbing import (
     models,
     ranks,
     runs,
+    screen,
 )
 from common.plumbing.flags import BadInput
 from common.verifier import math_reward
@@ -908,6 +909,66 @@ def test_a_real_model_does_not_get_the_tiny_worlds_learning_rate(script, tmp_pat
     assert given.lr == tiny
     assert configs.is_small(AutoConfig.from_pretrained(TINY))
     assert not configs.is_small(AutoConfig.from_pretrained(TINY, hidden_size=576))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_real_model_is_told_that_the_budget_is_the_tiny_worlds(script, capsys):
+    """There is no usual one, so it is kept and said; not in the tiny world, and not if one is given."""
+    for small, given, said in (
+        (False, [], True),
+        (True, [], False),
+        (False, ["--max-new-tokens", "64"], False),
+    ):
+        args = script.parse_args(given)
+        flags.settle_rates(args, small)
+        assert ("--max-new-tokens 100 is for the tiny world" in capsys.readouterr().out) == said
+        assert args.max_new_tokens == int(given[1] if given else flags.TINY_BUDGET)
+
+
+def test_a_step_with_mostly_truncated_completions_gets_one_hint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(screen, "SAID", set())
+    step = {"step": 1, "truncated_frac": 0.77, "tokens_generated": 9}
+    runs.log(tmp_path, step | {"truncated_frac": 0.5})
+    runs.log(tmp_path, {"step": 1, "truncated_frac": 0.77})  # demonstrations: `check_budget` speaks of these
+    assert "raise --max-new-tokens" not in capsys.readouterr().out
+    runs.log(tmp_path, step)
+    runs.log(tmp_path, step)
+    printed = capsys.readouterr().out
+    assert printed.count("step 1: 77% of the completions were truncated; raise --max-new-tokens") == 1
+
+
+def test_the_bar_counts_responses_while_a_step_samples(monkeypatch, capsys):
+    """On its first change, and then once a second; an evaluation has a bar of its own."""
+    monkeypatch.setattr(runs, "OFTEN", 0)
+    state = {"step": 0, "faults": 0, "stop": 0, "leave": 0}
+    for step in runs.steps(state, 2):
+        for ended in (0, 3, 0, 2):
+            for function in decoding.ENDED:
+                function(ended)
+        assert ", 5 responses sampled" in capsys.readouterr().err, step  # of this step alone
+        with runs.evaluating(7):
+            for function in decoding.ENDED:
+                function(7)
+        assert "responses sampled" not in capsys.readouterr().err
+    assert decoding.ENDED == []
+
+
+def test_the_size_of_a_checkpoint_is_said_before_a_large_run(tmp_path, capsys):
+    args = sft.parse_args(["--output-dir", str(tmp_path / "run")])
+    for size, said in ((2**20, False), (540 * 10**6, True)):
+        folders.open_folder(tmp_path / f"run{size}", {}, args, size)
+        assert ("a checkpoint takes 1.5 GiB, for a moment there are two" in capsys.readouterr().out) == said
+
+
+def test_annotations_of_a_calculator_are_said(load, capsys):
+    some = rows(12) + [{"question": "Q?", "solution": "He has 48/2 = <<48/2=24>>24.", "answer": "24"}]
+    some += [{"question": "Shift?", "solution": "1 << 2 = 4, and 9 >> 1 = 4.", "answer": "4"}]
+    load(some)
+    printed = capsys.readouterr().out
+    sentence = "solution hold annotations of a calculator, such as <<48/2=24>>, and are trained"
+    assert f"1 rows of --solution-key {sentence}" in printed
+    load(rows(12))
+    assert "calculator" not in capsys.readouterr().out
 
 
 def test_without_a_chat_template_prompts_are_plain(tmp_path, monkeypatch):

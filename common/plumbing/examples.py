@@ -21,6 +21,7 @@ def cleaned(rows, name, args):
     if "solution" in rows.column_names:
         column = f"--solution-key {args.solution_key}"
         solutions = clean(rows["solution"], column, name, tokenizer, marks, args)
+        tell_annotations(solutions, column, name)
         solutions = [text if text and text.strip() else None for text in solutions]  # None: not demonstrated
         rows = rows.remove_columns("solution").add_column("solution", solutions)
     return rows
@@ -76,6 +77,14 @@ def clean(texts, column, name, tokenizer, marks, args):
         print(f"{name}: {twice:,} rows of {column} begin with {tag}, which the prompt has opened: left out")
     check_texts(found, column, name, tokenizer, marks)
     return found
+
+
+def tell_annotations(texts, column, name):
+    """Say that texts hold a calculator's annotations, as GSM8K's do: <<48/2=24>>."""
+    found = [match[0] for text in texts if text and (match := re.search(r"<<[^<>\s]*=[^<>\s]*>>", text))]
+    if found:
+        sentence = f"hold annotations of a calculator, such as {found[0]}, and are trained with them"
+        print(f"{name}: {len(found):,} rows of {column} {sentence}")
 
 
 def opened_tag(tokenizer, args):

@@ -147,8 +147,11 @@ class Rate(float):
         return f"{float(self):g}, or {self.usual:g} for a real model"
 
 
+TINY_BUDGET = 100  # the default of --max-new-tokens in every script
+
+
 def settle_rates(args, is_small):
-    """Replace default learning rates by those usual for the model's size."""
+    """Replace default learning rates by those usual for the model's size, and say what is not replaced."""
     for name, rate in list(vars(args).items()):
         if isinstance(rate, Rate):
             setattr(args, name, float(rate) if is_small else rate.usual)
@@ -156,6 +159,9 @@ def settle_rates(args, is_small):
                 flag = "--" + name.replace("_", "-")
                 sentence = f"{rate.usual:g}, usual for real models; {rate:g} is for the tiny world"
                 print(f"{flag} is not given: {sentence}")
+    if not is_small and args.max_new_tokens == TINY_BUDGET:
+        # the right number depends on the data, so there is no usual one to replace it
+        print(f"--max-new-tokens {TINY_BUDGET} is for the tiny world; set it to what your answers need")
 
 
 # ---- combinations ----------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def open_folder(out, state, args, model_bytes):
     need = (12 if hasattr(args, "reward_model") else 6) * model_bytes / 2**30
     space = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"
     demand(need <= free, f"--output-dir {out}: {space}; free some space or choose another folder.")
+    if need > 2 and args.steps:
+        print(f"{out}: a checkpoint takes {need / 2:.1f} GiB, for a moment there are two")
     if (out / "metrics.jsonl").exists() or checkpoints(out):
         move_aside(out, args)
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from math import cos, isfinite, pi
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from common.plumbing import configs, decoding, folders, memory, models, ranks, storage
 from common.plumbing.flags import BadInput, demand, one_line
-from common.plumbing.screen import peak_memory, show, speed
+from common.plumbing.screen import hint, peak_memory, show, speed
 
 # ---- the run folder --------------------------------------------------------------------------------------
 
@@ -93,6 +94,7 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
 # ---- steps -----------------------------------------------------------------------------------------------
 
 bar = None  # the progress bar of `steps`, while there is one
+OFTEN = 1.0  # seconds between two changes of what it says within a step
 
 
 def steps(state, last):
@@ -108,12 +110,23 @@ def steps(state, last):
         state["stop"] = int(signal.SIGTERM) if number == signal.SIGUSR1 else number
         signal.signal(number, signal.SIG_DFL)
 
+    sampled, shown = 0, 0.0  # responses of this step, and when the bar said so
+
+    def count(ended):
+        nonlocal sampled, shown
+        sampled += ended
+        if ended and time.time() - shown > OFTEN and decoding.ENDED == [count]:  # not within an evaluation
+            shown = time.time()
+            bar.set_postfix_str(f"{sampled} responses sampled")
+
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, stop) for number in numbers}
+    decoding.ENDED.append(count)
     try:
         with tqdm(initial=state["step"], total=last, disable=not ranks.is_first()) as bar:
             while state["step"] < last:
                 state["step"] += 1
+                sampled = 0
                 yield state["step"]
                 bar.update()
                 sentence = "not finite in three consecutive updates; lower --lr, look at the last samples"
@@ -124,6 +137,7 @@ def steps(state, last):
                     sys.exit(128 + leave)
     finally:
         bar = None
+        decoding.ENDED.remove(count)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -197,6 +211,7 @@ def log(out, metrics, samples=()):
             except OSError as error:
                 raise folders.unwritable(out / name, error) from None
         show(metrics)
+        hint(metrics)
         if bar is not None:
             bar.set_postfix_str(speed(metrics), refresh=False)
     ranks.barrier()  # what the first rank has written, others may read

@@ -6,6 +6,9 @@ import sys
 import torch
 from tqdm import tqdm
 
+MOSTLY = 0.5  # a share of truncated completions above which there is little to learn from
+SAID = set()  # hints that have been given
+
 
 def peak_memory():
     """Bytes: of the GPU, or of this process where there is none."""
@@ -23,6 +26,15 @@ def speed(metrics):
     if "seconds_sample" in metrics:
         words += f", sampling {spent[0] / max(sum(spent), 1e-9):.0%}"
     return words
+
+
+def hint(metrics):
+    """Say once that most completions of a step were truncated. Demonstrations are spoken of elsewhere."""
+    share = metrics.get("truncated_frac", 0)
+    if share > MOSTLY and "tokens_generated" in metrics and "truncated" not in SAID:
+        SAID.add("truncated")
+        sentence = "of the completions were truncated; raise --max-new-tokens or begin with sft.py"
+        tqdm.write(f"step {metrics['step']}: {share:.0%} {sentence}")
 
 
 def show(metrics):
