@@ -179,11 +179,11 @@ def rollout(model, tokenizer, rows, args):
     for i in range(len(rows)):
         completion = {
             "prompt": prompts[i],
-            "hinted": rows[i]["hinted"],
             "response": responses[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],
+            "hinted": rows[i]["hinted"],
             "correct": correct[i],
             "truncated": responses[i][-1] not in stops,
         }
@@ -192,7 +192,7 @@ def rollout(model, tokenizer, rows, args):
     return [completions[i : i + args.group_size] for i in starts]
 
 
-def distilled(teacher_logp, hinted_mask, logp, response_mask):
+def token_advantages(teacher_logp, hinted_mask, logp, response_mask):
     """A_t = log pi_T(y_t | x, s, y_<t) - log pi(y_t | x, y_<t), [N, T], where the student has y_t."""
     advantage = torch.zeros_like(logp)
     # the teacher's prompt is longer, so its scores of the same tokens are further to the right
@@ -259,10 +259,10 @@ def main(args):
     if args.kl_coef or args.teacher == "initial":
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
     teacher = reference if args.teacher == "initial" else model
-    hinted = hinted_prompts(tokenizer, train, args)
+    hints = hinted_prompts(tokenizer, train, args)
     # refuse before sampling, not after it
-    models.fits(model, max(map(len, hinted)) + args.max_new_tokens)
-    train = train.add_column("hinted", hinted)
+    models.fits(model, max(map(len, hints)) + args.max_new_tokens)
+    train = train.add_column("hinted", hints)
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
@@ -291,6 +291,7 @@ def main(args):
         prompts = [c["prompt"] for c in batch]
         responses = [c["response"] for c in batch]
         tokens, mask = tok.join(prompts, responses, model.device)  # [N, T]
+        rewards = torch.tensor([c["correct"] for c in batch], device=model.device)  # [N], for the log
         hinted = [c["hinted"] for c in batch]
         hinted_tokens, hinted_mask = tok.join(hinted, responses, model.device)  # [N, T + hint]
         sampling_ended = time.time()
@@ -305,7 +306,7 @@ def main(args):
             ref_logp = old_logp  # if it is not needed
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
-        advantage = distilled(teacher_logp, hinted_mask, old_logp, mask)
+        advantage = token_advantages(teacher_logp, hinted_mask, old_logp, mask)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)
@@ -339,11 +340,11 @@ def main(args):
         nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
         entropy, k3, ratio = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
-        correct = mask * torch.tensor([[c["correct"]] for c in batch], device=model.device)
-        incorrect = mask - correct  # [N, T]
+        correct = mask * rewards[:, None]  # [N, T]
+        incorrect = mask - correct
         metrics = {
             "step": step,
-            "reward": sum(c["correct"] for c in batch) / size,
+            "reward": rewards.mean(),
             "loss": sum(losses),
             "entropy": entropy.mean(),
             "grad_norm": sum(norms) / updates,
