@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--schedule", choices=["constant", "linear", "cosine"], default="linear", help="learning rate decay")
     add("--warmup-steps", type=flags.integer(0), default=5, help="steps of linear warm-up")
     add("--max-grad-norm", type=flags.positive, default=1.0, help="gradient clipping norm")
-    add("--batch-size", type=flags.integer(1), default=16, help="questions per step")
+    add("--batch-size", type=flags.integer(1), default=32, help="questions per step")
     add("--micro-batch-tokens", type=flags.integer(1), default=1024, help="padded tokens per pass")
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=flags.number(1e-3), default=1.0, help="divides the logits, also in the loss")

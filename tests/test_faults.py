@@ -36,6 +36,7 @@ MORE = {  # beside BASE: a run of about a second with every stage in it
     "dpo": "--k 4 --pair-questions 6",
     "grpo": "--group-size 3 --kl-coef 0.1",
     "prefix_rft": "--group-size 3 --kl-coef 0.1 --minibatches 2",
+    "opsd": "--group-size 3 --kl-coef 0.1 --minibatches 2",
     "rlhf_ppo": "--group-size 3 --preference-questions 8",
 }
 BASE = "--steps 3 --save-every 1 --batch-size 2 --max-new-tokens 20 --eval-questions 2 --eval-samples 0"
