@@ -1,4 +1,4 @@
-"""OPSD: the policy's own samples, scored token by token by the same model with the solution in its prompt.
+"""OPSD: on-policy samples, scored token by token by the same model with the solution in its prompt.
 
 Zhao et al., Self-Distilled Reasoner: On-Policy Self-Distillation, arXiv 2601.18734; the policy
 gradient is that of Lu et al., On-Policy Distillation (Thinking Machines Lab, 2025). The student
