@@ -503,7 +503,7 @@ def partly_demonstrated(n=24):
     return lines
 
 
-@pytest.mark.parametrize("script", [sft, idft_hinted, rft_rejection])
+@pytest.mark.parametrize("script", [sft, idft_hinted, rft_rejection, opsd])
 def test_rows_without_a_demonstration_are_counted_and_left_out(script, load, capsys):
     how = {"demonstrations": True, "script": script}
     train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", **how)

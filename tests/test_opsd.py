@@ -1,11 +1,13 @@
 """OPSD: what the teacher reads, its advantage of each token, the gradient by enumeration, and whole runs."""
 
+import re
 from itertools import product
 
 import pytest
 import torch
 from conftest import ROOT, read_jsonl, same_metrics, same_weights
 from datasets import Dataset
+from test_contract import ADDED, written_keys
 
 import common.tokenization as tok
 import grpo
@@ -240,3 +242,18 @@ def test_the_student_comes_closer_to_its_teacher(train):
     lines = metrics(train("--steps", 16, "--batch-size", 16, "--lr", 3e-4))
     first, last = (sum(line["kl_teacher"] for line in part) for part in (lines[:4], lines[-4:]))
     assert last < 0.8 * first
+
+
+def test_metrics_of_a_run_are_those_in_its_source(train):
+    out = train("--steps", 1, "--eval-samples", 2)
+    keys = {re.sub(r"@\d+$", "@k", key) for line in read_jsonl(out / "metrics.jsonl") for key in line}
+    assert keys == written_keys((ROOT / "opsd.py").read_text()) | ADDED
+
+
+def test_a_question_without_a_solution_is_not_sampled(train, tmp_path):
+    """In the regime with demonstrations of easy questions, only these are trained on."""
+    given = ("--data", "tiny/data", "--eval-data", "tiny/data", "--solution-key", "easy_solution")
+    samples = read_jsonl(train("--steps", 2, "--batch-size", 16, *given) / "samples.jsonl")
+    level = {row["question"]: row["level"] for row in read_jsonl(ROOT / "tiny/data/train.jsonl")}
+    levels = {level[row["question"]] for row in samples if row.get("kind") != "evaluation"}
+    assert levels and levels <= {"1", "2", "3"}
