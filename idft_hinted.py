@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--weight", choices=weights, default="idft", help="weight of tokens; sft: all equal")
     add("--hinted", choices=["on", "off"], default="on", help="rewrite demonstrations first")
     add("--beta", type=flags.number(0), default=1.0, help="own style in rewrites; 0: none")
-    add("--hint-template", default=HINT, help="prompt of rewrites: {question}, {solution}")
+    add("--hint-template", default=HINT, help="prompt that shows {solution} beside {question}")
     return parser.parse_args(argv)
 
 

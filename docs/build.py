@@ -21,8 +21,8 @@ from pygments.token import Token
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [("sft", "rft_rejection"), ("sft", "idft_hinted"), ("sft", "dpo"), ("grpo", "prefix_rft")]
-PAIRS += [("grpo", "rlhf_ppo")]
-SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "rlhf_ppo"]
+PAIRS += [("grpo", "opsd"), ("grpo", "rlhf_ppo")]
+SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd", "rlhf_ppo"]
 COMMON = ["common/tokenization", "common/logprob", "common/verifier"]
 ROOMS = "flags configs data tables columns examples models heads storage memory ranks".split()
 ROOMS += "cuda_graph decoding runs folders screen evaluation annotator".split()

@@ -22,6 +22,7 @@ LINES = {  # at most, all lines
     "dpo": 440,
     "grpo": 440,
     "prefix_rft": 500,  # six related methods are flags of it
+    "opsd": 440,
     "rlhf_ppo": 600,
 }
 MEAN_WIDTH = 56  # characters of a code line, on average and without its indentation
@@ -36,6 +37,7 @@ LONGER = {
 
 FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
     ("grpo", "prefix_rft"): (15, 0.85, 22),  # with LUFFY, CHORD, SRFT, HPT and UFT as flags
+    ("grpo", "opsd"): (20, 0.80, 22),
     ("sft", "idft_hinted"): (30, 0.74, 24),
     ("sft", "rft_rejection"): (30, 0.74, 22),
     ("sft", "dpo"): (30, 0.74, 24),

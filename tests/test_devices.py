@@ -29,6 +29,8 @@ RUNS = [  # a script and flags that reach its branches
     ("prefix_rft", GROUP),
     ("prefix_rft", "--prefix-schedule full --prefix-loss all --prefix-weight luffy"),
     ("prefix_rft", "--prefix-loss random --prefix-weight sft --loss-norm sequence"),
+    ("opsd", GROUP),
+    ("opsd", "--teacher current"),
     ("rlhf_ppo", "--batch-size 28 --preference-questions 6 --reward-epochs 1 --minibatches 2"),
 ]
 

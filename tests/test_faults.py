@@ -36,6 +36,7 @@ MORE = {  # beside BASE: a run of about a second with every stage in it
     "dpo": "--k 4 --pair-questions 6",
     "grpo": "--group-size 3 --kl-coef 0.1",
     "prefix_rft": "--group-size 3 --kl-coef 0.1 --minibatches 2",
+    "opsd": "--group-size 3 --kl-coef 0.1 --minibatches 2",
     "rlhf_ppo": "--group-size 3 --preference-questions 8",
 }
 BASE = "--steps 3 --save-every 1 --batch-size 2 --max-new-tokens 20 --eval-questions 2 --eval-samples 0"
@@ -284,6 +285,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
     # groups of 8: some group of each step has to have a gradient
     more += {
         "prefix_rft": ("--minibatches", 1, "--group-size", 8),
+        "opsd": ("--minibatches", 1),
         "rlhf_ppo": ("--epochs-per-batch", 1),
     }.get(name, ())
     with pytest.raises(SystemExit) as stop:
@@ -371,7 +373,7 @@ def test_too_little_space_is_reported_before_anything_is_moved(arguments, tmp_pa
 
 # ---- bad input -------------------------------------------------------------------------------------------
 
-DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft")
+DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft", "opsd")
 NO_COLUMN = "the data has no such column, only question, answer"
 NO_TEXT = "--question-key question is empty or not a string"
 BAD = {  # flags: what the sentence says, and in which scripts
@@ -404,17 +406,20 @@ BAD = {  # flags: what the sentence says, and in which scripts
         DEMONSTRATIONS,
     ),
     "--data {number_demo} --eval-data {data}": ("row 0: --solution-key solution", DEMONSTRATIONS),
-    "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", "grpo", "prefix_rft")),
+    "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", "grpo", "prefix_rft", "opsd")),
     "--eval-data {golds}": ("not one gold answer parses", [name for name in MORE if name != "rlhf_ppo"]),
     "--data {long} --eval-data {data}": "long.jsonl, train, row 1: ",
     "--eval-data {long}": "exceed the model's 2048 positions; lower --max-new-tokens",
-    "--max-new-tokens 2040": ("train, row 0: ", ("sft", "grpo", "prefix_rft", "rlhf_ppo")),
+    "--max-new-tokens 2040": ("train, row 0: ", ("sft", "grpo", "prefix_rft", "opsd", "rlhf_ppo")),
     "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
     "--prompt-template Solve": "--prompt-template: the model would not see the question",
     "--temperature 0": "--temperature 0: must be at least 0.001",
     "--max-grad-norm 0": "--max-grad-norm 0: must be above 0",
     "--lr inf": "--lr inf: must be a finite number",
-    "--minibatches 7": ("--minibatches 7: a step has only 6 completions", ("grpo", "prefix_rft", "rlhf_ppo")),
+    "--minibatches 7": (
+        "--minibatches 7: a step has only 6 completions",
+        ("grpo", "prefix_rft", "opsd", "rlhf_ppo"),
+    ),
     "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
     "--advantage maxrl --overlong-tokens 5": (
         "--advantage maxrl: it divides by the mean reward, which --overlong-tokens can make 0",
@@ -576,6 +581,7 @@ BOUNDS = {  # flag: the last values that are accepted, as text; None: none that 
     "hpt_gate": ("-1", "1"),
     "lam": ("0", "1"),
     "no_eos_score": ("-1e9", None),
+    ("opsd", "group_size"): ("1", None),  # no group is compared
     ("dpo", "k"): ("1", None),  # in rft_rejection.py 0 with --add-gold
 }
 

@@ -24,6 +24,7 @@ import common.tokenization as tok
 import dpo
 import grpo
 import idft_hinted
+import opsd
 import prefix_rft
 import rft_rejection
 import rlhf_ppo
@@ -47,7 +48,7 @@ from common.verifier import math_reward
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny/model"
-SCRIPTS = (sft, rft_rejection, idft_hinted, dpo, grpo, prefix_rft, rlhf_ppo)
+SCRIPTS = (sft, rft_rejection, idft_hinted, dpo, grpo, prefix_rft, opsd, rlhf_ppo)
 
 
 def rows(n=24):
@@ -75,7 +76,7 @@ def load(tmp_path, monkeypatch):
     def go(lines, *more, script=sft, **how):
         path = lines if isinstance(lines, str) else write(tmp_path / "d.jsonl", lines)
         args = script.parse_args(["--data", path, "--model", str(TINY), *map(str, more)])
-        if script in (sft, idft_hinted):
+        if script in (sft, idft_hinted, opsd):
             how = {"demonstrations": True} | how
         return data.load_splits(args, **how)
 
@@ -503,7 +504,7 @@ def partly_demonstrated(n=24):
     return lines
 
 
-@pytest.mark.parametrize("script", [sft, idft_hinted, rft_rejection])
+@pytest.mark.parametrize("script", [sft, idft_hinted, rft_rejection, opsd])
 def test_rows_without_a_demonstration_are_counted_and_left_out(script, load, capsys):
     how = {"demonstrations": True, "script": script}
     train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", **how)
@@ -822,6 +823,27 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
         memory.check_training(args)
     args.steps = 0
     memory.check_training(args)  # its weights alone fit
+
+
+def test_what_a_teacher_reads_is_not_truncated(load, refused):
+    """Long solutions stay whole, because the answer is at their end; one that cannot fit is refused."""
+    lines = rows()
+    lines[3]["solution"] = "word " * 300 + lines[3]["solution"]
+    train, _ = load(lines, script=opsd)
+    assert max(map(len, train["solution"])) == len(lines[3]["solution"])
+    lines[3]["solution"] = "word " * 3000
+    said = refused(lines, script=opsd)
+    assert "row 3: " in said and "lower --max-new-tokens, or remove the row" in said
+
+
+def test_a_teacher_of_its_own_weights_counts(monkeypatch):
+    """The initial policy beside weights, gradients and two moments; the current one is the model itself."""
+    monkeypatch.setattr(memory, "free", lambda: 4.5 * 4 * 915_000)
+    args = opsd.parse_args(["--model", str(TINY), "--teacher", "current"])
+    memory.check_training(args)
+    args.teacher = "initial"
+    with pytest.raises(BadInput, match="use a smaller model"):
+        memory.check_training(args)
 
 
 def test_the_limit_of_a_container_counts(tmp_path):

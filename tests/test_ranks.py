@@ -32,6 +32,7 @@ FLAGS = {
     # no minibatches: one without advantages has the gradient of a KL of 0, which Adam makes of rounding alone
     "grpo": "--group-size 4 --epochs-per-batch 2 --kl-coef 0.1 --micro-batch-tokens 300",
     "prefix_rft": "--group-size 3 --prefix-weight luffy --loss-norm token --gradient-checkpointing",
+    "opsd": "--group-size 2 --kl-coef 0.1 --micro-batch-tokens 300",
     "rlhf_ppo": "--preference-questions 16 --reward-epochs 1 --kl-coef 0.3 --micro-batch-tokens 200",
     "sft-less_rows_than_ranks": "--batch-size 1",
     "sft-fp32": "--micro-batch-tokens 100",

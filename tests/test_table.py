@@ -11,6 +11,7 @@ from conftest import ROOT
 import dpo
 import grpo
 import idft_hinted
+import opsd
 import prefix_rft
 import rft_rejection
 import rlhf_ppo
@@ -39,6 +40,12 @@ TABLE = {
         "on-policy tokens, and of the prefix the 20 % of highest entropy",
         "as GRPO",
         "test_weight_of_prefix_rft",
+    ),
+    "opsd.py": (
+        "I_clip · r · A_t, A_t = log π_T/π_old, where π_T = π_ref with the solution in its prompt",
+        "response",
+        "sequences × length",
+        "test_weight_of_opsd",
     ),
     "rlhf_ppo.py": (
         "I_clip · r · A_t, of a critic: GAE of a reward model's score − β log π_old/π_ref",
@@ -242,6 +249,28 @@ def test_weight_of_prefix_rft(how):
     kept[3, 1:3] = 1
     own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": p * 0 + 13 / 4}[how]
     close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
+
+
+def test_weight_of_opsd():
+    """I_clip r A_t, a number of each token; the teacher's numbers are two positions further right."""
+    shift = torch.linspace(0.5, -0.5, 24, dtype=torch.float64).view(6, 4).T  # log r
+    g = torch.Generator().manual_seed(4)
+    to_teacher = torch.randn(4, 6, generator=g, dtype=torch.float64)  # log pi_T - log pi_old
+    to_hinted = lambda x: torch.nn.functional.pad(x, (2, 0))  # noqa: E731
+    args = opsd.parse_args([])
+
+    def loss(logp, _):
+        old = logp.detach() - shift
+        A = opsd.token_advantages(to_hinted(old + to_teacher), to_hinted(TWO_MASK), old, TWO_MASK)
+        inv_z = opsd.inverse_z(TWO_MASK, args.loss_norm, 100).double()
+        return opsd.policy_loss(logp, old, logp.detach(), A, TWO_MASK, inv_z, args)[0]
+
+    factor, _ = on_two_tokens(loss)
+    inside = torch.where(to_teacher > 0, shift.exp() <= 1.2, shift.exp() >= 0.8)
+    for sign in (to_teacher > 0, to_teacher < 0):
+        assert {0, 1} == set(inside[sign & TWO_MASK.bool()].int().tolist())
+    length = torch.tensor([3, 4, 1, 5])[:, None]
+    close(factor, -TWO_MASK * inside * shift.exp() * to_teacher / (4 * length))
 
 
 @pytest.mark.parametrize("how", ["sft", "dft", "eaft", "idft"])

@@ -59,7 +59,7 @@ def check_lengths(rows, name, args, demonstrations=False):
         most, lower = budget, "--max-new-tokens"
         if solution:
             most = max(budget, len(encode_response(tokenizer, solution)[:longest]))
-            lower += " or --max-demo-tokens"
+            lower += " or --max-demo-tokens" if longest else ""
         need = f"{len(prompt)} tokens of prompt and {most} of response"
         remedy = f"lower {lower}, or remove the row"
         demand(

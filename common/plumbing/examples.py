@@ -178,6 +178,8 @@ def demonstrated(rows, args, required):
 def check_budget(rows, args):
     """Say how many demonstrations are longer than the budget, and what becomes of them."""
     hybrid = getattr(args, "prefix_schedule", "none") != "none"
+    if not hybrid and "max_demo_tokens" not in args:
+        return rows  # nothing is trained on them: a teacher reads them
     most = args.max_new_tokens if hybrid else args.max_demo_tokens
     flag = "--max-new-tokens" if hybrid else "--max-demo-tokens"
     tokenizer = configs.load_tokenizer(args)

@@ -68,7 +68,8 @@ def check_training(args):
     has_critic = hasattr(args, "reward_model")
     copies = 4 if args.steps else 1  # weights, gradients, two moments
     copies *= 2 if has_critic else 1
-    copies += 2 if has_critic else bool(getattr(args, "kl_coef", 0))  # frozen ones
+    has_reference = getattr(args, "kl_coef", 0) or getattr(args, "teacher", "") == "initial"
+    copies += 2 if has_critic else bool(has_reference)  # frozen ones
     need, have = copies * weights, free()
     parts = "weights, gradients and AdamW's moments" if args.steps else "its weights"
     sentence = f"{parts} take {need / GIB:.1f} GiB, {have / GIB:.1f} GiB are free; use a smaller model."
