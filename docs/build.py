@@ -95,7 +95,7 @@ def title_of(file):
     if file in TITLES:
         return TITLES[file]
     heading = re.search(r"^# (.+)$", (ROOT / file).read_text(), re.M)
-    return heading[1].replace("`", "") if heading else file
+    return heading[1].replace("`", "") if heading else f"Records: {Path(file).stem}"
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def markdown_page(path, images):
     text = (ROOT / path).read_text()
     body, headings = markup.markdown(text, path, images)
     if not headings or headings[0][0] != 1:  # tables of records
-        body, headings = markup.markdown(f"# {path}\n\n{text}", path, images)
+        body, headings = markup.markdown(f"# {title_of(path)}\n\n{text}", path, images)
     title = headings[0][2]
     script = Path(path).stem
     if path == method_page(script):
@@ -258,7 +258,7 @@ def code_page(name):
     body = filled(
         "code",
         name=name,
-        first_line=listing.first_line(name),
+        first_line=prose(listing.first_line(name)),
         tabs=tabs(name),
         functions=functions,
         rows=rows,
@@ -268,8 +268,8 @@ def code_page(name):
 
 
 def modules_page():
-    shared = [(name, page_of(name), listing.first_line(name)) for name in listing.SHARED]
-    rooms = [(name, page_of(name), listing.first_line(name)) for name in listing.ROOMS]
+    shared = [(name, page_of(name), prose(listing.first_line(name))) for name in listing.SHARED]
+    rooms = [(name, page_of(name), prose(listing.first_line(name))) for name in listing.ROOMS]
     body = filled("modules", shared=shared, rooms=rooms)
     return page("modules.html", "Shared modules", body, "common")
 
@@ -298,7 +298,7 @@ def diff_page(parent, child):
         "diff",
         parent=parent,
         child=child,
-        first_line=listing.first_line(child),
+        first_line=prose(listing.first_line(child)),
         tabs=tabs(child),
         hunks=hunks,
         removed=sum(i2 - i1 for i1, i2, _, _ in cut),
@@ -351,7 +351,8 @@ def zoo_page():
         bugs.append(bug)
         files.setdefault(entry["file"], []).append(bug)
     body = filled("zoo", bugs=bugs, files=files)
-    return page("zoo.html", "The bug zoo", body, "tests/zoo/bugs.toml", kind="zoo")
+    headings = [(2, "index", "Index"), (2, "bugs", "Bugs")]
+    return page("zoo.html", "The bug zoo", body, "tests/zoo/bugs.toml", headings=headings)
 
 
 def course_page():

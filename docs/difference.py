@@ -169,14 +169,18 @@ def changed(parent, child, hunk):
     i1, i2, j1, j2 = hunk
     a, b = source(parent), source(child)
     old, new = [], []
-    for row, (i, j) in enumerate(aligned(a[i1:i2], b[j1:j2]), 1):
+    left = right = 1  # the next free rows
+    for i, j in aligned(a[i1:i2], b[j1:j2]):
         marks = set(), set()
         if i is not None and j is not None:
             marks = differing(a[i1 + i], b[j1 + j])
+            left = right = max(left, right)
         if i is not None:
-            old.append(line(parent, i1 + i + 1, "a", "old", row, marks[0]))
+            old.append(line(parent, i1 + i + 1, "a", "old", left, marks[0]))
+            left += 1
         if j is not None:
-            new.append(line(child, j1 + j + 1, "b", "new", row, marks[1]))
+            new.append(line(child, j1 + j + 1, "b", "new", right, marks[1]))
+            right += 1
     return block(old, new)
 
 

@@ -266,10 +266,10 @@ def table_close(self, tokens, idx, options, env):
 def cell_open(self, tokens, idx, options, env):
     """A header without a text is an ordinary cell; numbers do not break."""
     tag = tokens[idx].tag
-    text = tokens[idx + 1].content
+    text = plain_text(tokens[idx + 1])
     if tag == "th":
         return '<th scope="col">' if text.strip() else "<td>"
-    if is_number(text):
+    if is_number(tokens[idx + 1].content):
         return '<td class="number">'
     return '<td class="long">' if len(text) > 40 else "<td>"
 
