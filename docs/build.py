@@ -20,12 +20,16 @@ import sys
 import textwrap
 from pathlib import Path
 
-import difference
-import listing
-import markup
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from listing import PAIRS, PARENTS, ROOT, SCRIPTS, SOURCES, page_of
-from markupsafe import Markup
+try:
+    import difference
+    import listing
+    import markup
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from listing import PAIRS, PARENTS, ROOT, SCRIPTS, SOURCES, page_of
+    from markupsafe import Markup
+except ImportError as error:
+    print(f"{error.name} is missing. Run: pip install -r docs/requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 # Pages of the navigation. Markdown that the README leads to and that is in no group is in the last one.
 GROUPS = {

@@ -283,6 +283,12 @@ def html(self, tokens, idx, options, env):
     return re.sub(r"<!--.*?-->\s*", "", tokens[idx].content, flags=re.S)
 
 
+def image(self, tokens, idx, options, env):
+    """A figure leads to its file; where the page is narrow it scrolls, as its labels would be too small."""
+    source, text = tokens[idx].attrGet("src"), escape(plain_text(tokens[idx]))
+    return f'<a class="figure scroll" href="{source}"><img src="{source}" alt="{text}"></a>'
+
+
 def math_block(self, tokens, idx, options, env):
     inner = mathml(tokens[idx].content, "block")
     return f'<div class="scroll display" role="group" aria-label="Formula" tabindex="0">{inner}</div>\n'
@@ -307,6 +313,7 @@ def parser():
     md.add_render_rule("th_open", cell_open)
     md.add_render_rule("th_close", th_close)
     md.add_render_rule("td_open", cell_open)
+    md.add_render_rule("image", image)
     md.add_render_rule("math_block", math_block)
     md.add_render_rule("math_inline_double", math_block)
     md.add_render_rule("math_inline", math_inline)

@@ -322,7 +322,8 @@ def test_images_are_copied_and_those_of_the_network_are_not_loaded():
     images = {}
     html, _ = markup.markdown("![curve](weights.png) ![badge](https://x/y.svg)", "docs/page.md", images)
     assert images == {"weights.png": "docs/weights.png"}
-    assert '<img src="weights.png" alt="curve"' in html and "y.svg" not in html and "badge" in html
+    assert '<a class="figure scroll" href="weights.png"><img src="weights.png" alt="curve"></a>' in html
+    assert "y.svg" not in html and "badge" in html
 
 
 def test_the_front_page_has_the_equation_and_a_row_for_every_script(site):
@@ -450,3 +451,9 @@ def test_the_notebook_shows_what_its_cells_gave():
     outputs = sum([cell["outputs"] for cell in code], [])
     assert not [x for x in outputs if x["output_type"] == "error" or x.get("name") == "stderr"]
     assert sum("image/png" in x.get("data", {}) for x in outputs) == 2
+
+
+def test_the_notebook_says_how_many_blanks_its_exercise_has():
+    text = (ROOT / "docs/quickstart.ipynb").read_text()
+    names = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+    assert f"leaves {names[len(exercise.EXERCISES['grpo'])]}" in text
