@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/zoo"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests/zoo")]
+from listing import PARENTS  # noqa: E402
 from workshop import BUGS, patched, run, tomllib, workspace  # noqa: E402
 
 EXERCISES = tomllib.loads((ROOT / "docs/exercises.toml").read_text())
@@ -50,22 +51,52 @@ def blanked(script, marks):
     return "\n".join(lines)
 
 
+def telling(lines):
+    """Lines that say something: of a solution those that may be in no other file."""
+    return {line.strip() for line in lines if len(line.strip()) > 24}
+
+
+def known(script):
+    """Lines of the parent, which a student reads beside the script: they are no solution."""
+    parent = PARENTS[script]
+    return telling((ROOT / f"{parent}.py").read_text().split("\n")) if parent else set()
+
+
+def blank_too(script, marks, others):
+    """Marks for a sibling: the same spans, and functions that have a line of the solution."""
+    lines = (ROOT / f"{script}.py").read_text().split("\n")
+    same = []
+    solution = set()
+    for mark in marks:
+        first, last, _ = span(lines, mark)
+        solution |= telling(lines[first : last + 1])
+        with suppress(ValueError):  # there is no such span in this sibling
+            begin, end, _ = span(others, mark)
+            if lines[first : last + 1] == others[begin : end + 1]:
+                same.append(mark)
+    solution -= known(script)
+    done = {mark.get("function") for mark in same} | {"main"}
+    for node in ast.parse("\n".join(others)).body:
+        if isinstance(node, ast.FunctionDef) and node.name not in done:
+            if solution & telling(others[node.lineno : node.end_lineno]):
+                same.append({"function": node.name, "task": "blank, because a line of the solution is in it"})
+    return same
+
+
 def workshop_files(script, marks):
-    """The script with its blanks; and its siblings, blank where the same lines would be the solution."""
-    lines, files = (ROOT / f"{script}.py").read_text().split("\n"), []
+    """The script with its blanks; and its siblings, blank where their lines would be the solution."""
+    files = [(f"{script}.py", blanked(script, marks))]
     for path in sorted(ROOT.glob("*.py")):
-        others, same = path.read_text().split("\n"), []
-        for mark in marks:
-            with suppress(ValueError):  # there is no such span in this sibling
-                (a, b, _), (c, d, _) = span(lines, mark), span(others, mark)
-                same += [mark] * (lines[a : b + 1] == others[c : d + 1])
+        if path.stem == script:
+            continue
+        same = blank_too(script, marks, path.read_text().split("\n"))
         if same:
             files.append((path.name, blanked(path.stem, same)))
     return files
 
 
 def write(out, texts):
-    """A workspace without docs/, whose pages and notebook show the lines that are blank or have the bug."""
+    """A workspace without docs/ and the zoo, which show the lines that are blank or have the bug."""
     workspace(out, texts)
     (out / "docs").unlink(missing_ok=True)
 
@@ -94,12 +125,27 @@ def fill_in(script, out):
     return not left
 
 
+def with_siblings(bug):
+    """The file with the bug; and its siblings with the same bug, whose line would be the solution."""
+    files = [patched(bug)]
+    line = next(text for text in (ROOT / bug["file"]).read_text().split("\n") if bug["old"] in text)
+    wrong = line.replace(bug["old"], bug["new"])
+    for path in sorted(ROOT.glob("*.py")):
+        lines = path.read_text().split("\n")
+        if path.name != bug["file"] and line in lines:
+            files.append((path.name, "\n".join(wrong if text == line else text for text in lines)))
+    return files
+
+
 def find_bug(seed, out):
     """Plant one of the zoo's bugs unless that has been done, and say whether it is still there."""
     bug = list(BUGS.values())[seed % len(BUGS)]
     if not out.exists():
-        write(out, [patched(bug)])
+        files = with_siblings(bug)
+        write(out, files)
         print(f"written: {out}, where one line of {bug['file']} has a bug. Symptom: {bug['symptom']}")
+        if len(files) > 1:
+            print(f"Other scripts have the same line, with the same bug. Only {bug['file']} is tested.")
         if "run" in bug:
             print(f"It shows with {bug['run']}, not with the default flags.")
     [(status, _)] = run({"bug": (out.resolve(), [bug["killed_by"]])}).values()

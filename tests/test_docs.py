@@ -1,31 +1,35 @@
 """The pages: every line of every script, every difference with its sentence, no reference to nowhere."""
 
 import json
+import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs"))
 import build  # noqa: E402
+import check  # noqa: E402
+import difference  # noqa: E402
 import exercise  # noqa: E402
+import listing  # noqa: E402
+import markup  # noqa: E402
 
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "hr", "img"}
 
 
 class Page(HTMLParser):
-    """Ids, links, tags, and text and class of every element that has an id; an open tag is an error."""
+    """Ids, links, tags, and text and classes of elements that have an id; an open tag is an error."""
 
     def __init__(self, html):
         super().__init__()
         self.open, self.ids, self.links, self.tags, self.text = [], Counter(), [], Counter(), {}
-        self.css, self.attributes = {}, []
+        self.css, self.attributes, self.headings, self.current = {}, [], [], []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -35,9 +39,13 @@ class Page(HTMLParser):
         self.tags[tag] += 1
         self.attributes.append((tag, attrs))
         self.links += [attrs[k] for k in ("href", "src") if k in attrs]
+        if "aria-current" in attrs:
+            self.current.append(attrs["href"])
         if "id" in attrs:
             self.ids[attrs["id"]] += 1
-            self.css[attrs["id"]] = attrs.get("class", "")
+            self.css[attrs["id"]] = attrs.get("class", "").split()
+        if re.fullmatch("h[1-6]", tag) and any(outer == "main" for outer, _ in self.open):
+            self.headings.append(int(tag[1]))
         if tag not in VOID:
             self.open.append((tag, attrs.get("id")))
 
@@ -45,98 +53,134 @@ class Page(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        for _, name in self.open:
-            if name:
-                self.text[name] = self.text.get(name, "") + data
+        name = next((name for _, name in reversed(self.open) if name), None)
+        self.text.setdefault(name, []).append(data)
 
     def lines(self, side):
-        """[(text, class)] of the lines of one side, in order."""
+        """[(text, classes)] of the lines of one side, in order."""
         names = [name for name in self.ids if re.fullmatch(rf"{side}\d+", name)]
         assert names == [f"{side}{n + 1}" for n in range(len(names))]
-        return [(self.text.get(name, ""), self.css[name]) for name in names]
+        return [("".join(self.text.get(name, [])), self.css[name]) for name in names]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """(folder, {file: Page})"""
-    folder = tmp_path_factory.mktemp("site") / "docs/site"
-    return folder, {name: Page(html) for name, html in build.build(folder).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GITHUB_REPOSITORY", raising=False)
+        folder = tmp_path_factory.mktemp("site") / "docs/site"
+        return folder, {name: Page(html) for name, html in build.build(folder).items()}
 
 
 # ---- the code is all there -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", build.SCRIPTS + build.COMMON)
+def test_the_family_has_every_script_and_is_that_of_the_readme():
+    assert set(listing.PARENTS) == {path.stem for path in ROOT.glob("*.py")}
+    rows = re.findall(r"^\| \[`(\w+)\.py`\].*?\|.*?\| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    said = {}
+    for name, text in rows:
+        child = re.match(r"child of `(\w+)\.py`", text)
+        said[name] = child[1] if child else None
+    assert said == listing.PARENTS
+
+
+def test_the_shared_modules_are_all_there():
+    paths = [path.relative_to(ROOT) for path in (ROOT / "common").rglob("*.py")]
+    shared = {str(path.with_suffix("")) for path in paths if path.stem != "__init__"}
+    assert set(listing.SHARED + listing.ROOMS) == shared
+
+
+@pytest.mark.parametrize("name", listing.SOURCES)
 def test_a_script_page_has_every_line(name, site):
-    page = site[1][build.page_of(name)]
+    page = site[1][listing.page_of(name)]
     assert [text for text, _ in page.lines("L")] == (ROOT / f"{name}.py").read_text().splitlines()
 
 
-@pytest.mark.parametrize("parent, child", build.PAIRS)
+@pytest.mark.parametrize("parent, child", listing.PAIRS)
 def test_a_pair_page_has_both_scripts_and_their_difference(parent, child, site):
     """All lines of both, in order; and those that are not marked as changed are the same on both sides."""
     page = site[1][f"{parent}-{child}.html"]
     left, right = page.lines("a"), page.lines("b")
     for name, side in ((parent, left), (child, right)):
         assert [text for text, _ in side] == (ROOT / f"{name}.py").read_text().splitlines()
-    assert [t for t, css in left if css != "old"] == [t for t, css in right if css != "new"]
-    assert len(page.css) and sum(css == "hunk" for css in page.css.values()) == len(
-        build.hunks(parent, child)
-    )
+    kept = [text for text, css in left if "old" not in css]
+    assert kept == [text for text, css in right if "new" not in css]
+    assert all(set(css) & {"old", "twin"} for _, css in left)  # one of each pair is shown below 1,600 px
+    assert all(set(css) & {"new", "same"} for _, css in right)
+    hunks = sum("hunk" in css for css in page.css.values())
+    assert hunks == len(difference.hunks(parent, child)) > 5
+
+
+@pytest.mark.parametrize("parent, child", listing.PAIRS)
+def test_a_function_stands_beside_the_one_of_its_name(parent, child):
+    a, b = listing.source(parent), listing.source(child)
+    matched = dict(difference.matched_functions(parent, child))
+    shared = set(listing.functions(parent)) & set(listing.functions(child))
+    assert {name: name for name in shared}.items() <= matched.items()
+    for i1, i2, j1, j2 in difference.hunks(parent, child)[1:]:
+        for i, j in difference.aligned(a[i1:i2], b[j1:j2]):
+            if i is None or j is None or not a[i1 + i].strip():
+                continue
+            old = listing.place(parent, i1 + i + 1)
+            assert matched.get(old, "top level") == listing.place(child, j1 + j + 1), a[i1 + i]
+
+
+def test_a_new_function_before_a_changed_one_is_a_hunk_of_its_own(monkeypatch):
+    """Line by line, `def first` would have become `def added`, whose end is the same."""
+    old = ['"""."""', "def first(x):", "    y = f(x)", "    return y"]
+    new = ['"""."""', "def added(x):", "    y = f(x)", "    return y", "def first(x):", "    return g(x)"]
+    texts = {"old": old, "new": new}
+    monkeypatch.setattr(listing, "source", texts.get)
+    monkeypatch.setattr(difference, "source", texts.get)
+    for cached in (listing.tree, listing.functions, listing.docstring_end):
+        cached.cache_clear()
+    try:
+        assert difference.hunks("old", "new") == [(0, 1, 0, 1), (1, 1, 1, 4), (2, 4, 5, 6)]
+    finally:
+        for cached in (listing.tree, listing.functions, listing.docstring_end):
+            cached.cache_clear()
 
 
 def test_similar_lines_stand_beside_each_other():
-    rows = build.aligned(["a = f(x)", "same", "old"], ["new line", "a = f(x, y)", "same"])
+    rows = difference.aligned(["a = f(x)", "same", "old"], ["new line", "a = f(x, y)", "same"])
     assert rows == [(None, 0), (0, 1), (1, 2), (2, None)]
-    assert build.differing("f(x, args)", "f(x, step, args)") == (set(), {5, 6, 7, 8, 9, 10})
-    assert build.paint([("k", "for"), (None, " x<")], {2, 3}) == (
-        '<span class="k">fo</span><mark><span class="k">r</span> </mark>x&lt;'
-    )
+    inserted = {5, 6, 7, 8, 9, 10}
+    assert difference.differing("f(x, args)", "f(x, step, args)") == (set(), inserted)
+    assert difference.differing("a = 1  # why", "a = 1 # why") == (set(), set())  # only a space
+    painted = listing.paint([("k", "for"), (None, " x<")], {2, 3})
+    assert painted == '<span class="k">fo</span><mark><span class="k">r</span> </mark>x&lt;'
 
 
 # ---- and so are the words --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parent, child", build.PAIRS)
-def test_every_hunk_has_a_sentence_and_every_sentence_a_hunk(parent, child, monkeypatch):
-    assert len(build.said(parent, child)) == len(build.hunks(parent, child))
-    every, key = build.words("docs/hunks.toml"), f"{parent}→{child}"
-    for changed in (
-        every[key][1:],
-        [*every[key], {"at": "nowhere", "say": "."}],
-        [*every[key], every[key][0] | {"say": "."}],
-    ):
-        monkeypatch.setattr(build, "words", lambda name, own=changed: every | {key: own})
+@pytest.mark.parametrize("parent, child", listing.PAIRS)
+def test_every_hunk_has_a_sentence_and_every_sentence_a_hunk(parent, child):
+    entries = markup.words("docs/hunks.toml")
+    assert len(difference.sentences(parent, child, entries)) == len(difference.hunks(parent, child))
+    key = f"{parent}→{child}"
+    own = entries[key]
+    missing = own[1:]
+    too_many = [*own, {"at": "nowhere", "say": "."}]
+    twice = [*own, own[0] | {"say": "."}]
+    for changed in (missing, too_many, twice):
         with pytest.raises(ValueError, match=key):
-            build.said(parent, child)
+            difference.sentences(parent, child, entries | {key: changed})
 
 
 def test_every_note_is_beside_a_line_of_some_script():
-    for note in build.words("docs/notes.toml")["note"]:
-        on = [sum(note["at"] in line for line in build.source(name)) for name in build.SCRIPTS]
+    for note in markup.words("docs/notes.toml")["note"]:
+        on = [sum(note["at"] in line for line in listing.source(name)) for name in listing.SCRIPTS]
         assert 1 in on and max(on) == 1, note["at"]
         assert "equation" in note or "text" in note
 
 
-@pytest.mark.parametrize("name", build.SCRIPTS)
+@pytest.mark.parametrize("name", listing.SCRIPTS)
 def test_equations_stand_beside_the_lines_of_every_script(name, site):
-    page = site[1][build.page_of(name)]
+    page = site[1][listing.page_of(name)]
     assert sum(attrs.get("class") == "eq" for _, attrs in page.attributes) >= 8
-
-
-def test_mark_up_of_equations():
-    assert (
-        build.math("π_{old}^2 < x_t")
-        == '<span class="eq">π<sub>old</sub><sup>2</sup> &lt; x<sub>t</sub></span>'
-    )
-    assert build.math("z_{y_t}") == '<span class="eq">z<sub>y<sub>t</sub></sub></span>'
-
-
-def test_the_index_has_the_one_equation_and_a_row_for_every_script(site):
-    html = (site[0] / "index.html").read_text()
-    assert "weight<sub>i,t</sub>" in html and all(
-        f"<td><code>{name}.py</code></td>" in html for name in build.SCRIPTS
-    )
+    assert page.tags["math"] >= 8
 
 
 @pytest.mark.parametrize(
@@ -153,15 +197,14 @@ def test_the_index_has_the_one_equation_and_a_row_for_every_script(site):
 )
 def test_a_reference_that_leads_nowhere_is_an_error(name):
     with pytest.raises(ValueError):
-        build.prose(f"See [[{name}]].")
+        markup.prose(f"See [[{name}]].")
 
 
 def test_reading_path():
     """Three lengths; six lectures with things to read, one experiment and one exercise that can start."""
-    lessons = build.words("docs/lessons.toml")
-    assert [walk["time"] for walk in lessons["walk"]] == ["20 minutes", "1 hour"] and len(
-        lessons["lecture"]
-    ) == 6
+    lessons = markup.words("docs/lessons.toml")
+    assert [walk["time"] for walk in lessons["walk"]] == ["20 minutes", "1 hour"]
+    assert len(lessons["lecture"]) == 6
     for lecture in lessons["lecture"]:
         assert set(lecture) == {"title", "idea", "read", "experiment", "commands", "exercise", "practice"}
         for command in lecture["commands"]:
@@ -172,37 +215,229 @@ def test_reading_path():
         assert (python, script) == ("python", "docs/exercise.py") and what in [*exercise.EXERCISES, "bug"]
 
 
+# ---- formulas --------------------------------------------------------------------------------------------
+
+
+def bare(mathml):
+    """MathML without attributes and groups."""
+    return re.sub(r"</?math>|</?mrow>", "", re.sub(r"<(\w+) [^>]*>", r"<\1>", mathml))
+
+
+@pytest.mark.parametrize(
+    ("plain", "tex"),
+    [
+        ("π_{old}^2 < x_t", r"π_{\text{old}}^2\lt x_t"),
+        ("y*_{<L}", r"y^{*}_{\lt L}"),
+        ("D = {y ~ π}", r"D=\{y\sim π\}"),
+        ("min(r A, B)", r"\text{min}(r\,A,B)"),
+        ("β log π", r"β\text{ log }π"),
+        ("Σ_j R_j", r"\sum _j\,R_j"),
+        ("t of --pairs", r"t\text{ of }\text{--pairs}"),
+    ],
+)
+def test_latex_of_the_plain_notation(plain, tex):
+    assert markup.latex(plain).replace(r"\,\sum", r"\sum") == tex
+
+
+@pytest.mark.parametrize("plain", ["π_{old", "x}", r"\nonsense{x}"])
+def test_a_formula_that_cannot_be_read_is_an_error(plain):
+    with pytest.raises(ValueError, match="formula"):
+        markup.formula(plain)
+
+
+def test_mathml():
+    assert bare(markup.mathml(r"\frac{1}{Z}")) == "<mfrac><mn>1</mn><mi>Z</mi></mfrac>"
+    assert bare(markup.mathml("A ← x")) == "<mi>A</mi><mo>←</mo><mi>x</mi>"  # an operator
+    assert bare(markup.mathml(r"\mathrm{clip}")) == "<mtext>clip</mtext>"  # a word
+
+
+def test_a_long_formula_may_break_outside_of_brackets():
+    pieces = [piece for piece in markup.pieces("L = −1/Z Σ max(a, b = c),   r = β") if piece.strip()]
+    assert pieces == ["L", "= −1/Z Σ max(a, b = c),", "r", "= β"]
+
+
+def test_symbols_of_the_text_are_formulas():
+    html = markup.text_with_symbols("I_clip · r and e^−φ, π_old/π_ref < 1; not a_file.py or prefix_rft")
+    assert html.count("<math") == 4 and "_" not in html.replace("a_file.py or prefix_rft", "")
+    assert "&lt; 1; not a_file.py or prefix_rft" in html
+    assert "<math" not in markup.PROSE.renderInline("`π_old`")  # code stays code
+
+
+def test_no_formula_is_left_as_text(site):
+    """No TeX, and no _ or ^ behind a single letter, outside of code."""
+    for name in site[1]:
+        html = (site[0] / name).read_text()
+        html = re.sub(r"<(math|pre|code|title|samp)\b.*?</\1>", "", html, flags=re.S)
+        text = re.sub(r"<[^>]*>", " ", html)
+        assert not re.findall(r"\$\$|\\[a-z]+|(?<!\w)[A-Za-zα-ωπ][_^][\w{]+", text), name
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------
+
+
+def rendered(text, path="docs/page.md"):
+    return markup.markdown(text, path, {})[0]
+
+
+def test_tables_have_headers_and_a_place_to_scroll():
+    html = rendered("| | pass@1 |\n|---|---|\n| sft | 0.9 [0.8, 1] |\n")
+    assert '<div class="scroll" role="group" aria-label="Table 1" tabindex="0"><table>' in html
+    assert "<td></td>" in html  # a header without a text is none
+    assert '<th scope="col">pass@1</th>' in html and '<td class="number">0.9 [0.8, 1]</td>' in html
+
+
+@pytest.mark.parametrize(
+    ("link", "href"),
+    [
+        ("results.md#passk-at-large-k", "results.html#passk-at-large-k"),
+        ("methods/sft.md", "methods-sft.html"),
+        ("../README.md", "index.html"),
+        ("../tiny/README.md", "tiny.html"),
+        ("../grpo.py", "grpo.html"),
+        ("../common/verifier.py", "common-verifier.html"),
+        ("../common/plumbing", "modules.html"),
+        ("quickstart.ipynb", "quickstart.html"),
+        ("../experiments/weights.py", "../../experiments/weights.py"),
+        ("https://arxiv.org", "https://arxiv.org"),
+    ],
+)
+def test_links_of_markdown_lead_to_pages(link, href, monkeypatch):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert f'<a href="{href}">' in rendered(f"[x]({link})")
+
+
+def test_files_without_a_page_are_linked_where_the_pages_are_built(monkeypatch):
+    for name, value in {"SERVER_URL": "https://host", "REPOSITORY": "a/b", "SHA": "0123"}.items():
+        monkeypatch.setenv(f"GITHUB_{name}", value)
+    assert 'href="https://host/a/b/blob/0123/tools/plot.py"' in rendered("[x](../tools/plot.py)")
+
+
+@pytest.mark.parametrize("text", ["[x](nothing.md)", "[x](../nothing.py)", "![x](nothing.png)"])
+def test_a_link_that_leads_nowhere_is_an_error(text):
+    with pytest.raises(ValueError, match="nothing"):
+        rendered(text)
+
+
+def test_images_are_copied_and_those_of_the_network_are_not_loaded():
+    images = {}
+    html, _ = markup.markdown("![curve](weights.png) ![badge](https://x/y.svg)", "docs/page.md", images)
+    assert images == {"weights.png": "docs/weights.png"}
+    assert '<a class="figure scroll" href="weights.png"><img src="weights.png" alt="curve"></a>' in html
+    assert "y.svg" not in html and "badge" in html
+
+
+def test_the_front_page_has_the_equation_and_a_row_for_every_script(site):
+    html = (site[0] / "index.html").read_text()
+    assert "<mtext>weight</mtext>" in html
+    table = html.split('id="the-one-equation"')[1].split("</table>")[0]
+    first = re.findall(r'<tr>\s*<td><code class="short">(\w+)\.py</code></td>', table)
+    assert first == listing.SCRIPTS
+
+
+# ---- the zoo ---------------------------------------------------------------------------------------------
+
+
+def test_the_zoo_shows_symptoms_and_hides_answers(site):
+    html = (site[0] / "zoo.html").read_text()
+    index, cards = html.split('<h2 id="bugs">')
+    for number, (name, bug) in enumerate(markup.words("tests/zoo/bugs.toml").items()):
+        card = cards.split(f'id="{name}"')[1].split("</section>")[0]
+        hunt, answer = card.split("<details><summary>Answer</summary>")
+        text = {"hunt": hunt, "answer": answer}
+        for part, content in text.items():
+            text[part] = " ".join(re.sub(r"<[^>]*>", "", content).split())
+        escaped = listing.escape(bug["symptom"], quote=False)
+        assert f"Bug {number}" in text["hunt"] and escaped in text["hunt"].replace("&#39;", "'")
+        assert answer.endswith("</details>\n") and bug["killed_by"] in text["answer"].replace("&#39;", "'")
+        wrong, correct = re.findall(r'<span class="(?:old|new)">(.*?)</span>(?=<span|</pre>)', answer)
+        lines = [re.sub(r"</?mark>", "", line) for line in (wrong, correct)]
+        assert listing.escape(bug["new"].strip(), quote=False) in lines[0]
+        assert listing.escape(bug["old"].strip(), quote=False) in lines[1]
+        assert lines[0] != lines[1]
+        assert 'class="old"' not in hunt and lines[1] not in hunt
+        assert f'<a href="#{name}">{number}</a>' in index
+
+
+def test_links_to_bugs_do_not_say_what_is_wrong(site):
+    name = "k3-reversed"
+    number = list(markup.words("tests/zoo/bugs.toml")).index(name)
+    assert f'<a href="zoo.html#{name}">{number}</a>' in (site[0] / "grpo.html").read_text()
+    assert markup.prose(f"[[zoo.{name}]]") == f'<a href="zoo.html#{name}">bug {number}</a>'
+
+
 # ---- the pages as pages ----------------------------------------------------------------------------------
 
 
 def test_links_lead_somewhere_and_nothing_comes_from_the_network(site):
-    """Relative links to files and ids that exist; https only to what is cited; no scripts, images, fonts."""
+    """Relative links lead to files and ids that exist; nothing is loaded but the style and images."""
     folder, pages = site
     for name, page in pages.items():
-        assert not {"script", "img", "iframe", "object", "video"} & set(page.tags)
+        assert not {"script", "iframe", "object", "video", "form"} & set(page.tags)
+        for tag, attrs in page.attributes:
+            loaded = attrs.get("src") or (attrs["href"] if tag == "link" else None)
+            if loaded:
+                assert "/" not in loaded and (folder / loaded).exists(), f"{name}: {loaded}"
         for link in page.links:
             if link.startswith("https://"):
-                assert name == "zoo.html" and link.startswith("https://github.com/")
                 continue
             path, _, target = link.partition("#")
             if path.startswith("../../"):
-                assert (ROOT / path[6:]).exists(), link
-            else:
-                assert path in ("", "style.css", *pages), link
-                assert not target or target in pages[path or name].ids, f"{name}: {link}"
+                assert (ROOT / path[6:]).exists(), f"{name}: {link}"
+            elif path not in pages:
+                assert not path or (folder / path).exists(), f"{name}: {link}"
+            if target and not path.startswith("../../"):
+                assert target in pages[path or name].ids, f"{name}: {link}"
     assert not re.search(r"url\(|@import|http", (folder / "style.css").read_text())
+
+
+def test_the_navigation_leads_to_every_page_and_marks_the_present_one(site):
+    """Modules are in the navigation through the page that lists them."""
+    pages = site[1]
+    modules = {listing.page_of(name) for name in listing.SHARED + listing.ROOMS}
+    for name, page in pages.items():
+        linked = {link for link in page.links if link in pages}
+        assert linked >= pages.keys() - modules, name
+        assert page.current == ["modules.html" if name in modules else name]
+    assert modules <= set(pages["modules.html"].links)
+    for parent, child in listing.PAIRS:
+        assert f"{parent}-{child}.html" in pages
+    for group in ("results", "metrics", "protocol", "zoo", "course"):
+        assert f"{group}.html" in pages["index.html"].links
 
 
 def test_pages_are_whole_and_accessible(site):
     for name, page in site[1].items():
         assert max(page.ids.values()) == 1, name
-        assert page.tags["h1"] == page.tags["title"] == page.tags["main"] == 1
+        assert page.tags["h1"] == page.tags["title"] == page.tags["main"] == 1, name
+        assert page.headings[0] == 1, name
+        for above, below in zip(page.headings, page.headings[1:]):
+            assert below <= above + 1, f"{name}: a heading of level {below} below one of level {above}"
         attributes = dict(page.attributes[:12])
-        assert attributes["html"]["lang"] == "en" and attributes["meta"]["name"] == "viewport"
-        focus = [a for t, a in page.attributes if (t == "a" and a.get("tabindex") != "-1") or "tabindex" in a]
-        assert focus[0]["href"] == "#content" and "content" in page.ids  # the first stop of the tab key
-        stops = sum(t == "summary" or (t == "a" and a.get("tabindex") != "-1") for t, a in page.attributes)
-        assert stops < 350, name  # line numbers are no stops
+        assert attributes["html"]["lang"] == "en" and attributes["meta"]["name"] == "color-scheme"
+        images = [attrs for tag, attrs in page.attributes if tag == "img"]
+        assert all(image["alt"] for image in images), name
+        stops = [(t, a) for t, a in page.attributes if t in ("a", "summary") or "tabindex" in a]
+        stops = [attrs for _, attrs in stops if attrs.get("tabindex") != "-1"]
+        assert stops[0]["href"] == "#content" and "content" in page.ids  # the first stop of the tab key
+        assert len(stops) < 400, name  # line numbers are no stops
+
+
+def test_one_command_builds_and_a_workflow_publishes(monkeypatch):
+    workflow = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text())
+    steps = workflow["jobs"]["build"]["steps"]
+    assert [step["run"] for step in steps if "run" in step][-1] == "python docs/build.py"
+    [upload] = [step for step in steps if "upload-pages-artifact" in step.get("uses", "")]
+    assert ROOT / upload["with"]["path"] == build.SITE
+    every = steps + workflow["jobs"]["deploy"]["steps"]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in every if "uses" in step)
+    assert "secrets" not in json.dumps(workflow)
+
+
+def test_the_check_skips_without_a_browser(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    assert check.main([]) == 0
+    assert capsys.readouterr().out.startswith("Skipped: there is no Chromium")
 
 
 # ---- the notebook ----------------------------------------------------------------------------------------
@@ -218,48 +453,7 @@ def test_the_notebook_shows_what_its_cells_gave():
     assert sum("image/png" in x.get("data", {}) for x in outputs) == 2
 
 
-# ---- in a browser ----------------------------------------------------------------------------------------
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MEASURE = """<script>document.documentElement.dataset.measured =
- [innerWidth, document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor];
-</script></body>"""
-
-
-def browse(folder, *flags):
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={folder / 'profile'}",
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
-@pytest.mark.parametrize("theme, page", [("light", (253, 253, 251)), ("dark", (21, 23, 26))])
-@pytest.mark.parametrize("size", ["390,844", "1600,1000"])
-def test_in_chromium(theme, page, size, site, tmp_path):
-    """No page is wider than its window; the background is the theme's, and text stands on it."""
-    from matplotlib.image import imread
-
-    folder = shutil.copytree(site[0], tmp_path / "site")
-    style = (folder / "style.css").read_text()
-    dark = "@media (min-width: 0)" if theme == "dark" else "@media (max-width: 0)"
-    (folder / "style.css").write_text(style.replace("@media (prefers-color-scheme: dark)", dark))
-    for name in ("index.html", "zoo.html", "grpo.html", "grpo-prefix_rft.html"):
-        html = (folder / name).read_text()
-        (folder / name).write_text(html.replace("</body>", MEASURE))
-        url, window = (folder / name).as_uri(), f"--window-size={size}"
-        measured = re.search(
-            r'data-measured="(\d+),(\d+),([^"]+)"', browse(tmp_path, window, "--dump-dom", url)
-        )
-        assert int(measured[2]) <= int(measured[1]), f"{name} is wider than a window of {size}"
-        assert measured[3].replace(" ", "") == f"rgb({','.join(map(str, page))})"
-        picture = tmp_path / "picture.png"
-        browse(tmp_path, window, "--hide-scrollbars", f"--screenshot={picture}", url)
-        pixels = (imread(picture)[..., :3] * 255).round()
-        away = (abs(pixels - page).max(-1) > 40).mean()
-        assert 0.005 < away < 0.6, f"{name}, {size}, {theme}: {away:.3f} of the pixels are not background"
+def test_the_notebook_says_how_many_blanks_its_exercise_has():
+    text = (ROOT / "docs/quickstart.ipynb").read_text()
+    names = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+    assert f"leaves {names[len(exercise.EXERCISES['grpo'])]}" in text

@@ -53,6 +53,43 @@ def test_no_sibling_gives_a_solution_away():
     assert "surrogate = " not in files["prefix_rft.py"] and "def draw_prefix" in files["prefix_rft.py"]
 
 
+def texts(folder):
+    """{file: lines} of what could show a solution. Tests compare with formulas of their own."""
+    found = {}
+    for part in (".", "common", "common/plumbing", "experiments", "tools"):
+        for path in (folder / part).glob("*"):
+            if path.suffix in (".py", ".md", ".toml", ".ipynb"):
+                found[f"{part}/{path.name}"] = path.read_text().split("\n")
+    return found
+
+
+@pytest.mark.parametrize("script", exercise.EXERCISES)
+def test_no_workspace_of_an_exercise_holds_its_solutions(script, tmp_path):
+    out = tmp_path / script
+    marks = exercise.EXERCISES[script]
+    exercise.write(out, exercise.workshop_files(script, marks))
+    files = texts(out)
+    assert {f"./{script}.py", "common/logprob.py", "experiments/weights.py"} <= files.keys()
+    assert not (out / "docs").exists() and not list(out.rglob("bugs.toml"))
+    whole = (ROOT / f"{script}.py").read_text().split("\n")
+    blank = set(exercise.blanked(script, marks).split("\n"))
+    solution = exercise.telling(line for line in whole if line not in blank) - exercise.known(script)
+    assert solution
+    shown = {name: solution & {line.strip() for line in lines} for name, lines in files.items()}
+    assert not {name: lines for name, lines in shown.items() if lines}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_no_script_beside_a_bug_holds_the_correct_line(name):
+    bug = BUGS[name]
+    lines = (ROOT / bug["file"]).read_text().split("\n")
+    [correct] = [line for line in lines if bug["old"] in line]
+    planted = dict(exercise.with_siblings(bug))
+    assert bug["file"] in planted
+    for path in ROOT.glob("*.py"):
+        assert correct not in planted.get(path.name, path.read_text()).split("\n"), path.name
+
+
 def test_the_script_itself_is_correct(verdicts):
     status, seen = verdicts["whole"]
     assert status == 0 and exercise.verdict(seen) == "correct"
@@ -91,7 +128,10 @@ def test_find_the_bug(tmp_path, capsys, monkeypatch):
     assert not exercise.main(command)
     said = capsys.readouterr().out
     assert "still there" in said and bug["symptom"] in said and bug["title"] not in said
+    assert "with the same bug" in said
     assert (out / "grpo.py").read_text() == whole.replace(bug["old"], bug["new"])
+    sibling = (ROOT / "prefix_rft.py").read_text()
+    assert (out / "prefix_rft.py").read_text() == sibling.replace(bug["old"], bug["new"]) != sibling
     (out / "grpo.py").write_text(whole)
     assert exercise.main(command)
     assert bug["title"] in capsys.readouterr().out and not status()

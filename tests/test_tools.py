@@ -330,6 +330,8 @@ def pins(name):
     [
         (PROJECT["project"]["dependencies"], "requirements.txt"),
         (PROJECT["project"]["optional-dependencies"]["dev"], "requirements-dev.txt"),
+        (PROJECT["project"]["optional-dependencies"]["docs"], "docs/requirements.txt"),
+        (PROJECT["project"]["optional-dependencies"]["docs-check"], "docs/requirements-check.txt"),
     ],
 )
 def test_pyproject_and_requirements_name_the_same_packages(bounds, file):
