@@ -84,6 +84,9 @@ def parse_args(argv=None):
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
+    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
+    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
     add("--teacher", choices=["initial", "current"], default="initial", help="whose weights teach")
     add("--hint-template", default=HINT, help="prompt that shows {solution} beside {question}")
     return parser.parse_args(argv)
@@ -156,12 +159,15 @@ def score(model, tokens, response_mask, args):
 
 
 # ---- the method ------------------------------------------------------------------------
-def hinted_prompts(tokenizer, rows, args):
-    """What the teacher reads instead of the question: the question with its reference solution."""
+def with_hints(model, tokenizer, rows, args):
+    """The rows with a column `hinted`, what the teacher reads: the question and its solution, as ids."""
     questions, solutions = list(rows["question"]), list(rows["solution"])
     hints = [args.hint_template.replace("{solution}", y) for y in solutions]
     hints = [hint.replace("{question}", x) for hint, x in zip(hints, questions)]
-    return tok.encode_prompts(tokenizer, hints, args.prompt_template)
+    hinted = tok.encode_prompts(tokenizer, hints, args.prompt_template)
+    # refuse before sampling, not after it
+    models.fits(model, max(map(len, hinted)) + args.max_new_tokens)
+    return rows.add_column("hinted", hinted)
 
 
 def rollout(model, tokenizer, rows, args):
@@ -171,7 +177,7 @@ def rollout(model, tokenizer, rows, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
+    responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
@@ -180,6 +186,7 @@ def rollout(model, tokenizer, rows, args):
         completion = {
             "prompt": prompts[i],
             "response": responses[i],
+            "sampled_logp": sampled_logp[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],
@@ -217,9 +224,15 @@ def inverse_z(response_mask, how, budget):
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
     """DeepSeekMath eq. 3; all [B, T], 1/Z may be [B, 1]. Ratio and k3 are returned for the log."""
     ratio = (logp - old_logp).exp()  # r: 1 at the first update, but its gradient is not 0
+    if args.ratio == "sequence":  # GSPO: the geometric mean of a response's ratios, [B, 1]
+        log_ratio = ((logp - old_logp) * response_mask).sum(1, keepdim=True)
+        mean = (log_ratio / response_mask.sum(1, keepdim=True)).exp()
+        ratio = mean.detach() * (logp - logp.detach()).exp()  # a factor of 1 with a gradient
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     # min: nothing is gained by moving the ratio out of the trust region
     surrogate = torch.min(ratio * advantage, clipped * advantage)
+    if args.clip == "cispo":  # the weight is clipped, but no token loses its gradient
+        surrogate = clipped.detach() * advantage * logp
     # >= 0, and an unbiased estimate of KL(pi || pi_ref) on on-policy samples
     k3 = (ref_logp - logp).exp() - (ref_logp - logp) - 1
     loss = -((surrogate - args.kl_coef * k3) * response_mask * inv_z).sum()
@@ -259,10 +272,7 @@ def main(args):
     if args.kl_coef or args.teacher == "initial":
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
     teacher = reference if args.teacher == "initial" else model
-    hints = hinted_prompts(tokenizer, train, args)
-    # refuse before sampling, not after it
-    models.fits(model, max(map(len, hints)) + args.max_new_tokens)
-    train = train.add_column("hinted", hints)
+    train = with_hints(model, tokenizer, train, args)
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
@@ -284,7 +294,7 @@ def main(args):
         lr = runs.learning_rate(step, args)  # warm-up, then --schedule
         optimizer.param_groups[0]["lr"] = lr
 
-        # sample, and let the teacher read
+        # sample, and let the teacher score
         with autocast:
             groups = rollout(model, tokenizer, train.select(order[step - 1]), args)
         batch = [completion for group in groups for completion in group]
@@ -294,19 +304,24 @@ def main(args):
         rewards = torch.tensor([c["correct"] for c in batch], device=model.device)  # [N], for the log
         hinted = [c["hinted"] for c in batch]
         hinted_tokens, hinted_mask = tok.join(hinted, responses, model.device)  # [N, T + hint]
+        with autocast:  # neither has a gradient
+            teacher_logp, _ = score(teacher, hinted_tokens, hinted_mask, args)
+            student_logp, _ = score(model, tokens, mask, args)  # [N, T]
+        advantage = token_advantages(teacher_logp, hinted_mask, student_logp, mask)
+        sampled_logp = tok.align([c["sampled_logp"] for c in batch], mask.cpu())  # [N, T]
+        sampled_logp = sampled_logp.to(model.device)
         sampling_ended = time.time()
 
         # train
         minibatches = []
         for _ in range(args.epochs_per_batch):
             minibatches += torch.randperm(size).tensor_split(args.minibatches)
+        old_logp = ref_logp = torch.zeros_like(advantage)  # if they are not needed
         with autocast:
-            teacher_logp, _ = score(teacher, hinted_tokens, hinted_mask, args)
-            old_logp, _ = score(model, tokens, mask, args)
-            ref_logp = old_logp  # if it is not needed
+            if updates > 1:
+                old_logp, _ = score(model, tokens, mask, args)
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
-        advantage = token_advantages(teacher_logp, hinted_mask, old_logp, mask)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)
@@ -323,11 +338,14 @@ def main(args):
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 ref = ref_logp[micro] if reference else logp.detach()
                 A, z = advantage[micro], inv_z[micro]
+                gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
+                if args.tis_cap:  # truncated importance weights
+                    A = A * gap.exp().clamp(max=args.tis_cap)
                 loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
-                per_token = torch.stack([entropy.detach(), k3, ratio])
-                stats.append(per_token[:, m.bool()].cpu())  # [3, tokens]
+                per_token = torch.stack([entropy.detach(), k3, ratio, gap.abs()])
+                stats.append(per_token[:, m.bool()].cpu())  # [4, tokens]
             norm = ranks.clip_gradient(model, args.max_grad_norm)  # summed, as Z is global
             if runs.finite(norm, state):  # else the update is skipped
                 optimizer.step()
@@ -337,8 +355,8 @@ def main(args):
         tokens_trained = sum(x.shape[1] for x in stats)
 
         # log, evaluate, save
-        nothing = torch.tensor([[0.0], [0.0], [1.0]])  # no row had a gradient
-        entropy, k3, ratio = torch.cat(stats or [nothing], 1)
+        nothing = torch.tensor([[0.0], [0.0], [1.0], [0.0]])  # no row had a gradient
+        entropy, k3, ratio, gap = torch.cat(stats or [nothing], 1)
         clipped = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
         correct = mask * rewards[:, None]  # [N, T]
         incorrect = mask - correct
@@ -360,6 +378,7 @@ def main(args):
             "tokens_generated": sum(len(c["response"]) for c in batch),
             "seconds_sample": sampling_ended - began,
             "seconds_train": time.time() - sampling_ended,
+            "sampler_gap": gap.mean(),
             "kl_teacher": -advantage.sum() / mask.sum(),
             "adv_correct": (advantage * correct).sum() / correct.sum(),
             "adv_incorrect": (advantage * incorrect).sum() / incorrect.sum(),

@@ -49,7 +49,7 @@ def test_the_teacher_reads_question_and_solution_in_the_chat_template(tiny):
         {"question": "b?", "solution": "1"},
     ]
     args = opsd.parse_args(["--prompt-template", "{question} Box it."])
-    hints = opsd.hinted_prompts(tiny[1], Dataset.from_list(rows), args)
+    hints = opsd.with_hints(*tiny, Dataset.from_list(rows), args)["hinted"][:]
     texts = [HINT.replace("{question}", r["question"]).replace("{solution}", r["solution"]) for r in rows]
     assert hints == tok.encode_prompts(tiny[1], texts, "{question} Box it.")
     shown = tiny[1].decode(hints[0])
