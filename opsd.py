@@ -177,7 +177,7 @@ def rollout(model, tokenizer, rows, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    responses, sampled_logp = sample(model, tokenizer, prompts, args.temperature, args)
+    responses, logp = sample(model, tokenizer, prompts, args.temperature, args)
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
@@ -186,7 +186,7 @@ def rollout(model, tokenizer, rows, args):
         completion = {
             "prompt": prompts[i],
             "response": responses[i],
-            "sampled_logp": sampled_logp[i],
+            "sampled_logp": logp[i],
             "question": questions[i],
             "text": texts[i],
             "gold": golds[i],
