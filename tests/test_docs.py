@@ -320,9 +320,9 @@ def test_a_link_that_leads_nowhere_is_an_error(text):
 
 def test_images_are_copied_and_those_of_the_network_are_not_loaded():
     images = {}
-    html, _ = markup.markdown("![curve](weights.png) ![badge](https://x/y.svg)", "docs/page.md", images)
-    assert images == {"weights.png": "docs/weights.png"}
-    assert '<a class="figure scroll" href="weights.png"><img src="weights.png" alt="curve"></a>' in html
+    html, _ = markup.markdown("![curve](weights.svg) ![badge](https://x/y.svg)", "docs/page.md", images)
+    assert images == {"weights.svg": "docs/weights.svg"}
+    assert '<a class="figure scroll" href="weights.svg"><img src="weights.svg" alt="curve"></a>' in html
     assert "y.svg" not in html and "badge" in html
 
 
