@@ -204,10 +204,10 @@ def rollout(model, tokenizer, rows, step, args):
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]  # the policy goes on
     whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
-    continuations, logps = sample(model, tokenizer, starts, args.temperature, args, spent)
+    continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
     responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
-    sampled_logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logps)]
+    sampled_logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logp)]
     sampled_logp = [row[: len(y)] for y, row in zip(responses, sampled_logp)]
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
