@@ -85,8 +85,10 @@ def test_hpt_that_imitates_every_question_is_sft(run, tmp_path, float64):
     b = run("prefix_rft", tmp_path / "hpt", "--steps", 1, *HPT, "--hpt-gate", 1, *QUICK)
     same_weights(a / "final", b / "final", 1e-9)
     c = run("prefix_rft", tmp_path / "gate", "--steps", 1, *HPT, "--hpt-gate", 0, *QUICK)
-    with pytest.raises(AssertionError):  # some question is solved, and reinforced
-        same_weights(a / "final", c / "final", 1e-9)
+    d = run("prefix_rft", tmp_path / "none", "--steps", 1, *HPT, *QUICK)
+    for other in (a, d):  # some question is solved, which is reinforced, and not imitated
+        with pytest.raises(AssertionError):
+            same_weights(other / "final", c / "final", 1e-9)
 
 
 def test_an_sft_loss_with_coefficient_0_is_no_loss_on_the_prefix(run, tmp_path):

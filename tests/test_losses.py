@@ -242,6 +242,17 @@ def test_gspo_has_the_gradient_of_its_sequence_form(low, high, seed):
         close(row, [np.prod(ratios) ** (1 / len(ratios))] * 9)
 
 
+def test_gspo_leaves_each_token_its_own_advantage():
+    """In prefix_rft.py advantages differ within a response: one ratio, but as many weights as tokens."""
+    logp, old, ref, _, mask = random_batch(1)
+    A = torch.randn(logp.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logp.requires_grad_()
+    args = settings(ratio="sequence", clip_low=1, clip_high=1000)
+    loss, s, _ = grpo.policy_loss(logp, old, ref, A, mask, 1, args)
+    [gradient] = torch.autograd.grad(loss, logp)
+    close(gradient, -s * A * mask)
+
+
 # ---- KL --------------------------------------------------------------------------------------------------
 
 

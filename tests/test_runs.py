@@ -205,6 +205,8 @@ FLAGS = {
     "sequence": "--loss-norm sequence --advantage grpo --schedule constant",
     "token": "--loss-norm token --schedule cosine",
     "bf16": "--dtype bf16 --temperature 0.8 --steps 1 --max-new-tokens 8",
+    "maxrl, gspo": "--advantage maxrl --ratio sequence --loss-norm sequence --minibatches 2 --clip-high 4e-4",
+    "cispo, tis": "--clip cispo --clip-low 1 --loss-norm token --epochs-per-batch 2 --tis-cap 2",
     "groups of 3": "--group-size 3 --batch-size 2 --minibatches 4 --sample-rows 4 --micro-batch-tokens 50",
 }
 
@@ -229,6 +231,11 @@ def test_flags_of_grpo(flags, run, tmp_path):
         "--prefix-schedule uniform --prefix-loss random --prefix-weight sft",
         "--prefix-loss none --demo-fraction 0.5 --dynamic-sampling 1 --kl-coef 0.1",
         "--prefix-loss bottom --prefix-entropy-keep 0.5 --epochs-per-batch 2 --max-new-tokens 48",
+        "--prefix-schedule uniform --hybrids 4 --prefix-loss all --prefix-weight sft --sft-coef 0.001",
+        "--prefix-schedule binomial --prefix-decay-steps 4",
+        "--prefix-schedule full --prefix-loss all --prefix-weight sft --hpt-gate 0 --advantage maxrl",
+        "--prefix-schedule full --prefix-loss all --prefix-weight srft --clip cispo --tis-cap 2 --kl-coef 1",
+        "--prefix-weight chord --ratio sequence --loss-norm sequence --hybrids 2 --demo-fraction 0.5",
     ],
 )
 def test_flags_of_prefix_rft(flags, run, tmp_path):
@@ -238,6 +245,9 @@ def test_flags_of_prefix_rft(flags, run, tmp_path):
     for line in lines:
         assert all(v == v for v in line.values()), line
         assert line["tokens_generated"] >= 0 and 0 <= line["prefix_frac"] <= 1
+        assert 0 <= line["sampler_gap"] < 1e-4
+        if "--hybrids 4" in flags:  # of groups of 4
+            assert line["reward_hybrid"] == line["reward"]
     assert any(line["prefix_frac"] > 0 for line in lines)
 
 

@@ -102,6 +102,7 @@ def rolled_out(script, tiny, *flags):
         (prefix_rft, ""),
         (prefix_rft, "--prefix-schedule uniform --hybrids 3"),
         (prefix_rft, "--prefix-schedule full"),
+        (prefix_rft, "--prefix-schedule full --max-new-tokens 12"),  # truncated within the demonstration
     ],
 )
 def test_a_completion_has_the_log_probs_of_its_sampler(script, flags, tiny):
