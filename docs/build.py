@@ -34,7 +34,13 @@ except ImportError as error:
 # Pages of the navigation. Markdown that the README leads to and that is in no group is in the last one.
 GROUPS = {
     "Start": ["README.md", "course", "quickstart", "docs/choosing.md"],
-    "Evidence": ["docs/results.md", "docs/protocol.md", "docs/rlhf.md", "docs/benchmarks.md"],
+    "Evidence": [
+        "docs/results.md",
+        "experiments/protocol.md",
+        "docs/protocol.md",
+        "docs/rlhf.md",
+        "docs/benchmarks.md",
+    ],
     "Use": ["docs/gpu.md", "docs/metrics.md", "docs/verifier.md", "docs/kernel.md", "docs/faq.md"],
     "Teach": ["docs/teaching.md", "zoo"],
     "Tiny world": ["tiny/README.md", "tiny/data/README.md", "tiny/preferences/README.md"],
@@ -43,7 +49,8 @@ GROUPS = {
 }
 TITLES = {
     "README.md": "Overview",
-    "docs/protocol.md": "Protocol",
+    "docs/protocol.md": "Protocol and audit",
+    "experiments/protocol.md": "Protocol of the study",
     "docs/benchmarks.md": "Speed beside TRL",
     "docs/gpu.md": "Data, models, GPUs, memory",
     "docs/verifier.md": "The verifier",

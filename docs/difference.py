@@ -27,9 +27,11 @@ def matched_functions(parent, child):
             pairs += zip(old[i1:i2], new[j1:j2])
         left = [name for name in old[i1:i2] if name not in new]
         added = [name for name in new[j1:j2] if name not in old]
-        if tag == "replace" and len(left) == 1:
-            similar = difflib.get_close_matches(left[0], added, n=1, cutoff=0.6)
-            pairs += [(left[0], name) for name in similar]
+        for name in left:
+            similar = difflib.get_close_matches(name, added, n=1, cutoff=0.6)
+            if similar:
+                pairs.append((name, similar[0]))
+                added = added[added.index(similar[0]) + 1 :]
     return pairs
 
 

@@ -114,13 +114,20 @@ def formula(plain):
     return f'<span class="eq">{html}</span>'
 
 
-# A symbol with a subscript or superscript in the text of a page, such as π_old or p^γ.
-SYMBOL = re.compile(r"(?<![\w^.\\])([A-Za-zΑ-Ωα-ω])((?:[_^](?:\{[^}]*\}|[−-]?[^\W_]+))+)(?![\w(]*\.\w)")
+# A symbol with a subscript or superscript in the text of a page, such as π_old, p^γ or e^(−H).
+SYMBOL = re.compile(
+    r"""
+    (?<![\w^.\\]) ([A-Za-zΑ-Ωα-ω])                       # one letter
+    ((?: [_^] (?: \{[^}]*\} | \([^()]*\) | [−-]?[^\W_]+ ))+)  # the whole word after _ or ^
+    (?! [\w(]*\.\w )                                    # no name of a file
+    """,
+    re.X,
+)
 
 
 def symbol(match):
-    """A symbol of the text: the whole word after _ or ^ belongs to it."""
-    scripts = re.sub(r"([_^])([−-]?[^\W_]+)", r"\1{\2}", match[2])
+    """MathML of a symbol of the text."""
+    scripts = re.sub(r"([_^])(?:\(([^()]*)\)|([−-]?[^\W_]+))", r"\1{\2\3}", match[2])
     return mathml(latex(match[1] + scripts))
 
 
