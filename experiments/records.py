@@ -21,7 +21,8 @@ from experiments.rows import BY_KEY, REGIMES, ROWS, SEEDS  # noqa: E402
 
 BASE = "base"
 METHODS = ("sft", "dft", "eaft", "idft", "hinted", "rft", "dpo", "simpo", "grpo")
-METHODS += ("sft, then grpo", "luffy", "prefix_rft")  # in the order of tables and figures
+METHODS += ("maxrl", "gspo", "cispo", "dapo", "opsd", "sft, then grpo", "luffy", "rl + sft loss", "chord")
+METHODS += ("srft", "hpt", "uft", "prefix_rft")  # in the order of tables and figures
 GRPO = "answers: grpo"  # needs no demonstrations, so it is a row of every regime
 CONTRASTS = ("sft", "sft, then grpo", "luffy", "prefix_rft")  # in every regime with demonstrations
 DEMONSTRATED = tuple(regime for regime in REGIMES if regime != "answers")
@@ -177,16 +178,16 @@ def share_missed(copies, rows, drawn, fraction):
 def demonstrations(commands):
     """Expected number of distinct questions whose demonstration a run reads.
 
-    A script reads steps x batch rows, a fresh permutation in each epoch. Supervised scripts read demonstrated
-    rows only, so they see min(steps x batch, demonstrated questions); where questions are repeated, as in the
-    regimes few 64 and few 16, practically all. `--hinted on` counts the demonstrations that it rewrites.
-    Prefix-RFT reads all rows: the expected number of demonstrated questions among those. Methods that have
-    only answers or pairs see none.
+    A script reads steps x batch rows, a fresh permutation in each epoch. Supervised scripts, and OPSD for its
+    teacher, read demonstrated rows only, so they see min(steps x batch, demonstrated questions); where questions
+    are repeated, as in the regimes few 64 and few 16, practically all. `--hinted on` counts the demonstrations
+    that it rewrites. Prefix-RFT reads all rows: the expected number of demonstrated questions among those.
+    Methods that have only answers or pairs see none.
     """
     expected = 0.0
     for command in commands:
         script, args = parsed(command)
-        if script not in ("sft", "idft_hinted", "prefix_rft"):
+        if script not in ("sft", "idft_hinted", "opsd", "prefix_rft"):
             continue
         each, rows = copies(args.split, args.solution_key)
         fraction = 1.0

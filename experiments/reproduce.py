@@ -223,7 +223,8 @@ def name_of(cell, seed):
 
 
 # arguments that records up to 0.1.0 lack, with the values that those runs had
-SINCE = {"chat_template": "on"}
+SINCE = {"chat_template": "on", "clip": "ppo", "ratio": "token", "tis_cap": 0.0}
+SINCE |= {"hpt_gate": -1.0, "hybrids": 1, "sft_coef": 1.0}
 
 
 def settings(args):

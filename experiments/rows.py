@@ -40,6 +40,12 @@ class Row:
 
 
 HYBRID = "prefix_rft.py --prefix-schedule full --prefix-loss all"  # whole demonstrations, every token
+UFT = "prefix_rft.py --prefix-schedule binomial --hybrids 8 --prefix-loss all"
+UFT += " --prefix-weight sft --sft-coef 0.001"
+FOUR = "--minibatches 4"  # with one update a step no ratio leaves the trust region
+GSPO = "--clip-low 3e-4 --clip-high 4e-4"
+# 67 steps: resampling makes 1.5 times the tokens
+DAPO = "--steps 67 --advantage grpo --loss-norm token --clip-high 0.28 --dynamic-sampling 3"
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
 
 
@@ -87,6 +93,19 @@ ROWS = [
     Row("dpo", "answers", "dpo.py --loss dpo", LOW),
     Row("simpo", "answers", "dpo.py --loss simpo", LOW),
     Row("grpo, std and length", "answers", "grpo.py --advantage grpo --loss-norm sequence", RL),
+    # rows that were added later; protocol.md says when
+    Row("opsd", "all", "opsd.py", RL),
+    Row("opsd", "easy", "opsd.py", RL),
+    Row("rl + sft loss", "easy", f"{HYBRID} --prefix-weight sft", RL),
+    Row("chord", "easy", f"{HYBRID} --prefix-weight chord --sft-coef 0.11", RL),
+    Row("srft", "easy", f"{HYBRID} --prefix-weight srft", RL),
+    Row("hpt", "easy", f"{HYBRID} --prefix-weight sft --hpt-gate 0", RL),
+    Row("uft", "easy", UFT, RL),
+    Row("grpo, four updates", "answers", f"grpo.py {FOUR}", RL),
+    Row("gspo", "answers", f"grpo.py --ratio sequence --loss-norm sequence {GSPO} {FOUR}", RL),
+    Row("cispo", "answers", f"grpo.py --clip cispo --loss-norm token {FOUR}", RL),
+    Row("dapo", "answers", f"grpo.py {DAPO} {FOUR}", RL),
+    Row("maxrl", "answers", "grpo.py --advantage maxrl", RL),
 ]
 BY_KEY = {row.key: row for row in ROWS}
 PREFIX, EASY, FEW = "prefix_rft", "easy", "few 64"
@@ -149,6 +168,17 @@ CLAIMS = [
           over("all: idft", ["all: sft", "all: dft"])),
     Claim("self-generated targets reduce forgetting: hinted + SFT over SFT", "",
           (("all: hinted + sft", "all: sft", "side"),)),
+    Claim("the clips of DAPO, GSPO and CISPO are above GRPO's, at four updates per step", "",
+          over("answers: dapo", ["answers: grpo, four updates"])
+          + over("answers: gspo", ["answers: grpo, four updates"])
+          + over("answers: cispo", ["answers: grpo, four updates"])),
+    Claim("MaxRL is above GRPO", "2602.02710", over("answers: maxrl", ["answers: grpo"])),
+    Claim("Prefix-RFT is above other ways to mix: an SFT loss, CHORD, SRFT, HPT, UFT",
+          "2507.01679: 51.8; 40.1 with an SFT loss",
+          over(f"{EASY}: {PREFIX}", [f"{EASY}: {x}" for x in
+               ("rl + sft loss", "chord", "srft", "hpt", "uft")])),
+    Claim("self-distillation is above SFT on the same demonstrations", "2601.18734",
+          over("all: opsd", ["all: sft"]) + over(f"{EASY}: opsd", [f"{EASY}: sft"])),
     Claim("hinted + IDFT is above DPO and SimPO", "2602.12222: 27.4; 22.4 DPO",
           over("all: hinted + idft", ["answers: dpo", "answers: simpo"])),
 ]  # fmt: skip
