@@ -178,11 +178,11 @@ def share_missed(copies, rows, drawn, fraction):
 def demonstrations(commands):
     """Expected number of distinct questions whose demonstration a run reads.
 
-    A script reads steps x batch rows, a fresh permutation in each epoch. Supervised scripts, and OPSD for its
-    teacher, read demonstrated rows only, so they see min(steps x batch, demonstrated questions); where questions
-    are repeated, as in the regimes few 64 and few 16, practically all. `--hinted on` counts the demonstrations
-    that it rewrites. Prefix-RFT reads all rows: the expected number of demonstrated questions among those.
-    Methods that have only answers or pairs see none.
+    A script reads steps x batch rows, a fresh permutation in each epoch. Supervised scripts, and OPSD
+    for its teacher, read demonstrated rows only, so they see min(steps x batch, demonstrated questions);
+    where questions are repeated, as in the regimes few 64 and few 16, practically all. `--hinted on`
+    counts the demonstrations that it rewrites. Prefix-RFT reads all rows: the expected number of
+    demonstrated questions among those. Methods that have only answers or pairs see none.
     """
     expected = 0.0
     for command in commands:
