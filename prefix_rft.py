@@ -14,8 +14,8 @@ its group: demonstrations are imitated where that earns more reward. Against grp
 With whole demonstrations, --prefix-schedule full --prefix-loss all, --prefix-weight names a relative:
 luffy (LUFFY, 2504.14945), sft (RL plus an SFT loss), chord (CHORD-phi, 2508.11408), srft (the
 demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0 is HPT (2509.04419). UFT (2505.16984)
-gives every completion a prefix that fades: --prefix-schedule binomial --hybrids 8 --prefix-loss all
---prefix-weight sft --sft-coef 0.001.
+gives every completion a prefix, in the end an empty one: --prefix-schedule binomial --hybrids 8
+--prefix-loss all --prefix-weight sft --sft-coef 0.001.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
     python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
