@@ -53,7 +53,10 @@ STYLE = dict.fromkeys(_COLORED.split(), GREY) | {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "figures",  # ids do not change from run to run
 }
-styled = matplotlib.rc_context(STYLE)  # a decorator of functions that draw
+# Whatever a user or another module has set, a figure starts from the library's defaults.
+_FAMILIES = ("axes", "figure", "font", "grid", "legend", "lines", "savefig", "svg", "text", "xtick", "ytick")
+_DEFAULTS = {k: v for k, v in matplotlib.rcParamsDefault.items() if k.split(".")[0] in _FAMILIES}
+styled = matplotlib.rc_context(_DEFAULTS | STYLE)  # a decorator of functions that draw
 
 
 def canvas(rows, columns, height, **more):
