@@ -422,6 +422,37 @@ def test_pages_are_whole_and_accessible(site):
         assert len(stops) < 400, name  # line numbers are no stops
 
 
+def luminance(colour):
+    """Relative luminance of "#rrggbb", as WCAG defines it."""
+    total = 0
+    for at, weight in ((1, 0.2126), (3, 0.7152), (5, 0.0722)):
+        x = int(colour[at : at + 2], 16) / 255
+        total += weight * (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)
+    return total
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_read_on_every_background(scheme):
+    """4.5 is the least contrast of WCAG's level AA. docs/check.py looks at what is really drawn."""
+    assert round(contrast("#000000", "#ffffff"), 6) == 21
+    parts = (ROOT / "docs/style.css").read_text().split("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", parts[0]))
+    if scheme == "dark":
+        own = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", parts[1]))
+        assert own.keys() == colours.keys()
+        colours = own
+    plain = ["page", "box", "here", "old", "new"]
+    on = {name: plain for name in ("soft", "link")}
+    on |= {name: [*plain, "oldmark", "newmark"] for name in ("text", "c", "s", "k", "d", "f")}
+    weak = {(name, back) for name in on for back in on[name] if contrast(colours[name], colours[back]) < 4.5}
+    assert not weak
+
+
 def test_one_command_builds_and_a_workflow_publishes(monkeypatch):
     workflow = yaml.safe_load((ROOT / ".github/workflows/pages.yml").read_text())
     steps = workflow["jobs"]["build"]["steps"]
