@@ -17,7 +17,7 @@ correct and incorrect samples are trained alike; the verifier only makes metrics
     Z       sequences x own length (the paper's eq. 9)
 The paper's main objective is another one: the divergence of whole distributions over the vocabulary.
 
-    python opsd.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.47
+    python opsd.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.46
     python opsd.py --model Qwen/Qwen3-1.7B --data DIR --dtype bf16 --lr 1e-6
     # set the lengths for your data, for example --max-new-tokens 1024
 """
