@@ -1,12 +1,12 @@
 """Tables and a figure of the records of experiments/real.py, for docs/results.md."""
 
 from pathlib import Path
-from statistics import mean, variance
-
-from mpmath import betainc, findroot
+from statistics import mean
 
 from common.plumbing.flags import demand
 from experiments import real_prepare
+from experiments.figures import COLORS, GREY, canvas, save, styled
+from experiments.intervals import one_sample, student, welch
 from experiments.real_cells import (
     RATES,
     RECORDS,
@@ -19,10 +19,10 @@ from experiments.real_cells import (
     score,
 )
 from experiments.real_prepare import HELD_OUT, OTHER
+from experiments.tables import insert, table
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = ROOT / "experiments/results/real.svg"
-PAGE = ROOT / "docs/results.md"
 COMPARED = [  # row over row
     ("sft", "start"),
     ("grpo", "start"),
@@ -35,52 +35,27 @@ COMPARED = [  # row over row
     ("rft", "grpo"),
 ]
 
-# ---- intervals -------------------------------------------------------------------------------------------
-
-
-def quantile(freedom, outside=0.05):
-    """The t beyond which Student's distribution has 5 %, on both sides together."""
-
-    def excess(t):
-        return betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - outside
-
-    return float(findroot(excess, (1, 20), solver="bisect"))
-
-
-def student(values):
-    """Mean and the ends of its 95 % interval over seeds; a single value has none."""
-    if len(values) < 2:
-        return mean(values), None, None
-    half = quantile(len(values) - 1) * (variance(values) / len(values)) ** 0.5
-    return mean(values), mean(values) - half, mean(values) + half
-
-
-def welch(a, b):
-    """Difference of two means with its 95 % interval. Variances may differ; of a single value it is 0."""
-    difference = mean(a) - mean(b)
-    if max(len(a), len(b)) < 2:
-        return difference, None, None
-    errors = [(variance(x) / len(x), len(x) - 1) for x in (a, b) if len(x) > 1]  # squared, of the means
-    total = sum(error for error, _ in errors)
-    if not total:
-        return difference, difference, difference
-    freedom = total**2 / sum(error**2 / n for error, n in errors)
-    half = quantile(freedom) * total**0.5
-    return difference, difference - half, difference + half
-
-
 # ---- tables ----------------------------------------------------------------------------------------------
 
 
-def shown(estimate, sign=""):
-    middle, low, high = (None if x is None else f"{x:{sign}.3f}" for x in estimate)
-    return middle if low is None else f"{middle} [{low}, {high}]"
+def of_seeds(values):
+    """The mean and its interval over seeds; of one seed the number alone."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    low, high = student(values).interval()
+    return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table(head, lines):
-    """Lines of cells as Markdown."""
-    lines = [head, ["---"] * len(head), *lines]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+def difference(a, b):
+    """The mean of a minus that of b. A single b, such as the start's, has no variance of its own."""
+    if min(len(a), len(b)) > 1:
+        found = welch(a, b)
+    elif len(a) > 1:
+        found = one_sample(a, b[0])
+    else:
+        return f"{mean(a) - mean(b):+.3f}"
+    low, high = found.interval()
+    return f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def places(records):
@@ -107,7 +82,7 @@ def results(records, size, data):
     for row, done in rows_of(records, size, data).items():
         line = [row]
         for level in (HELD_OUT, OTHER):
-            line.append(shown(student(numbers(done, level))))
+            line.append(of_seeds(numbers(done, level)))
             line += [f"{mean(numbers(done, level, name)):.3f}" for name in ("greedy", "pass@4")]
         for name in ("tokens_generated", "tokens_trained"):
             line.append(f"{mean(x[name] for x in done) / 1000:.0f}k")
@@ -128,8 +103,7 @@ def comparisons(records, size, data):
         if better in rows and worse in rows:
             line = [f"{better} over {worse}"]
             for level in (HELD_OUT, OTHER):
-                pair = [numbers(rows[row], level) for row in (better, worse)]
-                line.append(shown(welch(*pair), "+"))
+                line.append(difference(*(numbers(rows[row], level) for row in (better, worse))))
             lines.append(line)
     return table(["difference in pass@1", "held out", "another origin"], lines) if lines else []
 
@@ -180,51 +154,35 @@ def report_lines(records):
     return [*lines, picture]
 
 
-# ---- the figure and the page -----------------------------------------------------------------------------
+# ---- the figure ------------------------------------------------------------------------------------------
 
 
+@styled
 def plot(records, path):
-    """pass@1 of each row with its interval: held-out questions and those of another origin."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    grey = "#7a7a7a"  # can be read on a light page and on a dark one
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(keys, grey) | {"svg.fonttype": "none", "svg.hashsalt": "real", "font.size": 9}
+    """pass@1 of each row with its interval and its seeds: full dots held out, open ones another origin."""
     found = places(records)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8.6, 2.9 * len(found)), layout="constrained")
-        FigureCanvasAgg(figure)
-        for axis, place in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found):
-            rows = rows_of(records, *place)
-            for level, color, offset in ((HELD_OUT, "#1f83d6", -0.12), (OTHER, "#e08020", 0.12)):
-                for i, done in enumerate(rows.values()):
-                    middle, low, high = student(numbers(done, level))
-                    if low is not None:
-                        axis.plot([low, high], [i + offset] * 2, color=color, linewidth=1.5)
-                    label = level if i == 0 else None
-                    axis.plot(middle, i + offset, "o", color=color, markersize=5, label=label)
-            axis.set_yticks(range(len(rows)), list(rows))
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set(title=f"{place[1]}, size {place[0]}", xlabel="pass@1 at temperature 0.6")
-            axis.legend(frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-
-
-def insert(lines, page):
-    """Put lines between the marks of a page."""
-    before, mark, rest = page.read_text().partition("<!-- real -->\n")
-    _, end, after = rest.partition("<!-- /real -->")
-    assert mark and end, f"{page} has no marks <!-- real --> and <!-- /real -->"
-    page.write_text(before + mark + "\n".join(lines) + "\n" + end + after)
+    figure, axes = canvas(len(found), 1, 2.9 * len(found))
+    for [axis], (size, data) in zip(axes, found):
+        rows = rows_of(records, size, data)
+        for y, (row, done) in enumerate(rows.items()):
+            color = COLORS.get(row, GREY)
+            for level, offset, inside in ((HELD_OUT, -0.15, color), (OTHER, 0.15, "none")):
+                values = numbers(done, level)
+                low, high = student(values).interval() if len(values) > 1 else (values[0], values[0])
+                axis.plot([max(0, low), high], [y + offset] * 2, color=color, linewidth=1.5, alpha=0.7)
+                axis.plot(values, [y + offset] * len(values), "|", color=color, markersize=5)
+                axis.plot(mean(values), y + offset, "o", color=color, markerfacecolor=inside, markersize=5)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set(ylim=(len(rows) - 0.4, -0.6), title=f"{data}, size {size}")
+        axis.grid(axis="x")
+        axis.set_xlabel("pass@1 at T = 0.6; full: held-out questions, open: another origin; ticks: seeds")
+    save(figure, path)
 
 
 def report(records, write):
     lines = report_lines(records)
     print("\n".join(lines))
     if write:
-        insert(lines, PAGE)
+        insert("real", lines)
         if places(records):
             plot(records, FIGURE)

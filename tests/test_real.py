@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, write_jsonl
 
 from common.plumbing.flags import BadInput
-from experiments import real, real_cells, real_prepare, real_report
+from experiments import real, real_cells, real_prepare, real_report, tables
 from experiments.real_cells import RATES, TRAINED, TUNING_SEED, Cell, plan
 
 # ---- which cells, in which order -------------------------------------------------------------------------
@@ -364,25 +364,17 @@ def test_a_solution_of_legs_has_every_step():
 # ---- numbers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228)])
-def test_the_quantiles_of_student(freedom, t):
-    assert real_report.quantile(freedom) == pytest.approx(t, abs=5e-4)
-
-
 def test_intervals():
-    """Of .30, .31, .35: mean .32, standard error sqrt(.0007 / 3); Welch's numbers by hand."""
+    """Of .30, .31, .35: mean .32, standard error sqrt(.0007 / 3), t(2) = 4.3027."""
     half = 4.3027 * math.sqrt(0.0007 / 3)
-    assert real_report.student([0.30, 0.31, 0.35]) == pytest.approx(
-        (0.32, 0.32 - half, 0.32 + half), abs=1e-5
-    )
-    assert real_report.student([0.3]) == (0.3, None, None)
-    one = real_report.welch([0.30, 0.31, 0.35], [0.2])  # the start: one model
-    assert one == pytest.approx((0.12, 0.12 - half, 0.12 + half), abs=1e-5)
-    equal = real_report.welch([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])  # equal variances: 4 degrees of freedom
-    half = 2.7764 * math.sqrt(2 * 0.01 / 3)
-    assert equal == pytest.approx((-0.3, -0.3 - half, -0.3 + half), abs=1e-5)
-    assert real_report.welch([0.2], [0.1]) == (0.1, None, None)
-    assert real_report.welch([0.2, 0.2], [0.1]) == (0.1, 0.1, 0.1)
+    three = [0.30, 0.31, 0.35]
+    assert real_report.of_seeds(three) == f"0.320 [{0.32 - half:.3f}, {0.32 + half:.3f}]"
+    assert real_report.of_seeds([0.3]) == "0.300"
+    assert real_report.difference(three, [0.2]) == f"+0.120 [{0.12 - half:+.3f}, {0.12 + half:+.3f}]"
+    half = 2.7764 * math.sqrt(2 * 0.01 / 3)  # equal variances: 4 degrees of freedom
+    both = real_report.difference([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert both == f"-0.300 [{-0.3 - half:+.3f}, {-0.3 + half:+.3f}]"
+    assert real_report.difference([0.2], [0.1]) == "+0.100"
 
 
 def test_verdicts_are_counted_per_question():
@@ -479,14 +471,16 @@ def test_rows_that_cannot_be_compared_are_said(records):
 
 
 def test_the_report_is_written_between_its_marks(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(real_report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(real_report, "FIGURE", tmp_path / "real.svg")
-    (tmp_path / "page.md").write_text("before\n<!-- real -->\nold\n<!-- /real -->\nafter\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "docs/page.md").write_text("before\n<!-- real -->\nold\n<!-- /real -->\nafter\n")
     real_report.report(records, write=True)
-    lines = (tmp_path / "page.md").read_text().splitlines()
+    lines = (tmp_path / "docs/page.md").read_text().splitlines()
     assert lines[:2] == ["before", "<!-- real -->"] and lines[-2:] == ["<!-- /real -->", "after"]
     assert lines[2:-2] == real_report.report_lines(records)
     first = (tmp_path / "real.svg").read_text()
-    assert "sft" in first and "grpo" in first and "held out" in first and "prefix_rft" not in first
+    assert "sft" in first and "grpo" in first and "held-out questions" in first and "prefix_rft" not in first
     real_report.plot(records, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == first  # the same numbers, the same file
