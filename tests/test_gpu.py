@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import os
 import subprocess
 import sys
 
@@ -94,25 +93,14 @@ def test_supervised_steps_are_the_cpu_s(small, tmp_path, monkeypatch):
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 0.1 * moved
 
 
-TWO = """
-import runpy, sys, torch
-import torch.distributed as dist
-begin = dist.init_process_group
-dist.init_process_group = lambda kind, **more: begin("gloo", **more)  # NCCL needs a GPU per rank
-torch.cuda.set_device = lambda number: None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
+# two ranks cannot share a GPU: NCCL wants one each, and gloo lacks what FSDP2 asks of CUDA tensors
+# (https://github.com/pytorch/pytorch/issues/132471)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["sft", "grpo"])
-def test_two_ranks_share_a_gpu(name, small, tmp_path):
-    """One GPU cannot show a rank per GPU, but it shows what ranks exchange: tensors on a GPU."""
-    (tmp_path / "two.py").write_text(TWO)
+def test_two_ranks_train_on_two_gpus(name, small, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    argv = [*launch, tmp_path / "two.py", f"{name}.py", *small(name, tmp_path / "run")]
-    where = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | where)
+    argv = [*launch, f"{name}.py", *small(name, tmp_path / "run")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [x["step"] for x in lines] == [0, 1, 2, 3, 4] and (tmp_path / "run/final").is_dir()
