@@ -11,6 +11,7 @@ from experiments.real_cells import (
     RATES,
     RECORDS,
     ROWS,
+    SEEDS,
     SIZES,
     TRAINED,
     TUNING_SEED,
@@ -39,21 +40,18 @@ COMPARED = [  # row over row
 
 
 def of_seeds(values):
-    """The mean and its interval over seeds; of one seed the number alone."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
+    """The mean and its interval over seeds; of one or two seeds the mean alone."""
+    if len(values) < len(SEEDS):
+        return f"{mean(values):.3f}"
     low, high = student(values).interval()
     return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def difference(a, b):
     """The mean of a minus that of b. A single b, such as the start's, has no variance of its own."""
-    if min(len(a), len(b)) > 1:
-        found = welch(a, b)
-    elif len(a) > 1:
-        found = one_sample(a, b[0])
-    else:
+    if len(a) < len(SEEDS):
         return f"{mean(a) - mean(b):+.3f}"
+    found = welch(a, b) if len(b) > 1 else one_sample(a, b[0])
     low, high = found.interval()
     return f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -86,13 +84,13 @@ def results(records, size, data):
             line += [f"{mean(numbers(done, level, name)):.3f}" for name in ("greedy", "pass@4")]
         for name in ("tokens_generated", "tokens_trained"):
             line.append(f"{mean(x[name] for x in done) / 1000:.0f}k")
-        spent = [x["cpu_train"] for x in done if x["cpu_train"] is not None]
-        line.append(f"{mean(spent) / 60:.0f}" if spent else "")
+        spent = [x["wall_train"] for x in done if x["wall_train"]]
+        line.append(f"{mean(spent) / 60:.1f}" if spent else "")
         rates = sorted({x["rate"] for x in done if x["rate"]})
         line += [", ".join(f"{rate:g}" for rate in rates), str(len(done))]
         lines.append(line)
     head = ["", "pass@1", "greedy", "pass@4", "other: pass@1", "greedy", "pass@4"]
-    return table([*head, "generated", "trained", "CPU min", "learning rate", "seeds"], lines)
+    return table([*head, "generated", "trained", "minutes", "learning rate", "seeds"], lines)
 
 
 def comparisons(records, size, data):
@@ -144,7 +142,9 @@ def report_lines(records):
     lines = []
     for place in places(records):
         size, data = place
-        lines += [f"**{data}, size {size}**", ""]
+        some = [x for done in rows_of(records, *place).values() for x in done]
+        machines = {f"{x['device']}, torch {x['versions']['torch']}" for x in some}
+        lines += [f"**{data}, size {size}** ({'; '.join(sorted(machines))})", ""]
         for part in (results, comparisons, tuning, mixed):
             if found := part(records, *place):
                 lines += [*found, ""]
@@ -168,7 +168,9 @@ def plot(records, path):
             color = COLORS.get(row, GREY)
             for level, offset, inside in ((HELD_OUT, -0.15, color), (OTHER, 0.15, "none")):
                 values = numbers(done, level)
-                low, high = student(values).interval() if len(values) > 1 else (values[0], values[0])
+                low = high = mean(values)
+                if len(values) >= len(SEEDS):
+                    low, high = student(values).interval()
                 axis.plot([max(0, low), high], [y + offset] * 2, color=color, linewidth=1.5, alpha=0.7)
                 axis.plot(values, [y + offset] * len(values), "|", color=color, markersize=5)
                 axis.plot(mean(values), y + offset, "o", color=color, markerfacecolor=inside, markersize=5)

@@ -375,6 +375,8 @@ def test_intervals():
     both = real_report.difference([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert both == f"-0.300 [{-0.3 - half:+.3f}, {-0.3 + half:+.3f}]"
     assert real_report.difference([0.2], [0.1]) == "+0.100"
+    assert real_report.of_seeds([0.2, 0.3]) == "0.250"  # an interval of two seeds says nothing
+    assert real_report.difference([0.2, 0.3], [0.1]) == "+0.150"
 
 
 def test_verdicts_are_counted_per_question():
@@ -398,7 +400,8 @@ def test_of_two_records_of_a_cell_the_last_counts(tmp_path):
     assert {key: x["i"] for key, x in found.items()} == {"a": 2, "b": 1}
 
 
-def test_the_command_says_what_is_left(args, capsys):
+def test_the_command_says_what_is_left(args, capsys, monkeypatch):
+    monkeypatch.setattr(real, "RECORDS", args.records)
     args.plan = True
     real.main(args)
     printed = capsys.readouterr().out
@@ -409,6 +412,9 @@ def test_the_command_says_what_is_left(args, capsys):
 # ---- the report ------------------------------------------------------------------------------------------
 
 
+MACHINE = {"device": "cpu", "versions": {"torch": "2.13.0"}}
+
+
 def record(name, seed, held_out, other, rate=None, **more):
     """A record of wp, size small, whose four questions have so many correct answers among 4 samples each."""
     asked = {
@@ -417,7 +423,7 @@ def record(name, seed, held_out, other, rate=None, **more):
     }
     found = {"cell": Cell("small", "wp", name, seed).key, "size": "small", "data": "wp", "row": name}
     found |= {"seed": seed, "rate": rate, "asked": asked, "digests": {"data": "d", "initial": "s"}}
-    return found | {"tokens_generated": 2000, "tokens_trained": 1000, "cpu_train": 600.0} | more
+    return found | {"tokens_generated": 2000, "tokens_trained": 1000, "wall_train": 600.0} | MACHINE | more
 
 
 @pytest.fixture
@@ -435,12 +441,12 @@ def records():
 def test_the_tables_are_those_of_the_records(records):
     """SFT has .5, .625, .75; GRPO .75, .8125, .875: by hand."""
     lines = real_report.report_lines(records)
-    assert lines[0] == "**wp, size small**"
-    assert "| base | 0.062 | 0.500 | 0.250 | 0.000 | 0.500 | 0.000 | 2k | 1k | 10 |  | 1 |" in lines
+    assert lines[0] == "**wp, size small** (cpu, torch 2.13.0)"
+    assert "| base | 0.062 | 0.500 | 0.250 | 0.000 | 0.500 | 0.000 | 2k | 1k | 10.0 |  | 1 |" in lines
     half = 4.3027 * 0.125 / math.sqrt(3)
     interval = f"0.625 [{0.625 - half:.3f}, {0.625 + half:.3f}]"
     other = "0.250 [0.250, 0.250]"
-    sft = f"| sft | {interval} | 0.500 | 0.667 | {other} | 0.500 | 0.250 | 2k | 1k | 10 | 0.0001 | 3 |"
+    sft = f"| sft | {interval} | 0.500 | 0.667 | {other} | 0.500 | 0.250 | 2k | 1k | 10.0 | 0.0001 | 3 |"
     assert sft in lines
     half = 4.3027 * 0.125 / math.sqrt(3)
     over = f"| sft over start | +0.375 [{0.375 - half:+.3f}, {0.375 + half:+.3f}] |"
@@ -484,3 +490,12 @@ def test_the_report_is_written_between_its_marks(records, tmp_path, monkeypatch)
     assert "sft" in first and "grpo" in first and "held-out questions" in first and "prefix_rft" not in first
     real_report.plot(records, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == first  # the same numbers, the same file
+
+
+def test_the_page_and_the_figure_are_those_of_the_committed_records(tmp_path):
+    records = real_cells.read(real_cells.RECORDS)
+    page = (ROOT / "docs/results.md").read_text()
+    between = page.partition("<!-- real -->\n")[2].partition("<!-- /real -->")[0]
+    assert between.splitlines() == real_report.report_lines(records)
+    real_report.plot(records, tmp_path / "real.svg")
+    assert (tmp_path / "real.svg").read_text() == real_report.FIGURE.read_text()
