@@ -29,8 +29,8 @@ draws. SFT and DFT see their demonstrations. GRPO and RFT sample 8 completions o
 there: the demonstrations of the one and the samples of the other. Compute is not equal: generated and
 trained tokens and CPU minutes are columns.
 
-**Sizes.** `small` is that, in fp32. `small-bf16` has bf16 activations, for a GPU or a CPU with instructions for
-them. `large` is for a GPU: 16 questions a step, 80 steps, bf16. A table has records of one size only.
+**Sizes.** `small` is that, in fp32. `small-bf16` has bf16 activations, for a GPU or a CPU with instructions
+for them. `large` is for a GPU: 16 questions a step, 80 steps, bf16. A table has records of one size only.
 
 **Learning rates.** Four for each of SFT, DFT, GRPO and Prefix-RFT, with seed 7, which no row has, on 200
 questions that are neither trained on nor reported. The highest pass@1 wins, and of equals the lowest rate.

@@ -453,9 +453,9 @@ def test_the_tables_are_those_of_the_records(records):
     assert any(line.startswith(over) for line in lines)
     assert not any("prefix_rft" in line for line in lines)  # nothing is said of what has not run
     assert "| sft | 0.300 at 2e-05 | 0.300 at 5e-05 | **0.400 at 0.0001** | 0.300 at 0.0002 |" in lines
-    assert not any("end of the rates" in line for line in lines)
+    assert not any("end of the learning rates" in line for line in lines)
     found = real_report.tuning(tuned(best=3) | tuned(rows=["sft", "dft"], best=1), "small", "wp")
-    assert found[-1] == "Best at an end of the rates that were tried: grpo, prefix_rft."
+    assert found[-1] == "Best at an end of the learning rates that were tried: grpo, prefix_rft."
     assert lines[-1].startswith("![") and (ROOT / "docs" / lines[-1].split("(")[1][:-1]) == (
         ROOT / "docs/../experiments/results/real.svg"
     )
