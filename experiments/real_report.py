@@ -122,7 +122,9 @@ def tuning(records, size, data):
     if not lines:
         return []
     lines = table(["learning rates", "1st", "2nd", "3rd", "4th"], lines)
-    return lines + ["", f"Best at an end of the learning rates that were tried: {', '.join(ends)}."] * bool(ends)
+    if ends:
+        lines += ["", f"Best at an end of the learning rates that were tried: {', '.join(ends)}."]
+    return lines
 
 
 def mixed(records, size, data):
