@@ -201,7 +201,7 @@ def demonstrations(commands):
 
 
 def costs(records, key):
-    """Means over seeds; CPU seconds are unknown of runs that were interrupted."""
+    """Means over seeds; CPU seconds are unknown of interrupted runs and of another machine's."""
     runs = finals(records, key)
     cpu = [x["cpu"] for x in runs if x["cpu"] is not None]
     return {

@@ -47,6 +47,7 @@ GSPO = "--clip-low 3e-4 --clip-high 4e-4"
 # 67 steps: resampling makes 1.5 times the tokens
 DAPO = "--steps 67 --advantage grpo --loss-norm token --clip-high 0.28 --dynamic-sampling 3"
 IDFT, RFT = "idft_hinted.py --hinted", "rft_rejection.py --rounds 2 --steps 100"
+EQUAL = "rft_rejection.py --rounds 4 --steps 125"  # 210k tokens generated, 110k trained; GRPO: 196k, 115k
 
 
 def core(regime, seeds):
@@ -106,6 +107,7 @@ ROWS = [
     Row("cispo", "answers", f"grpo.py --clip cispo --loss-norm token {FOUR}", RL),
     Row("dapo", "answers", f"grpo.py {DAPO} {FOUR}", RL),
     Row("maxrl", "answers", "grpo.py --advantage maxrl", RL),
+    Row("rft, as many tokens as grpo", "answers", f"{EQUAL} --k 4 --restart continue", LOW),
 ]
 BY_KEY = {row.key: row for row in ROWS}
 PREFIX, EASY, FEW = "prefix_rft", "easy", "few 64"
@@ -158,6 +160,8 @@ CLAIMS = [
           over("answers: grpo", ["answers: grpo, std and length"])),
     Claim("RL is above rejection sampling, at more samples (k = 16) and at fewer (k = 1)", "",
           over("answers: grpo", ["answers: rft, k = 16", "answers: rft, k = 1"])),
+    Claim("RL is above rejection sampling, at equal tokens", "",
+          over("answers: grpo", ["answers: rft, as many tokens as grpo"])),
     Claim("RFT grows with k, at equal steps", "2308.01825: 41.7 k = 100, 49.3 pooled",
           over("answers: rft, k = 16", ["answers: rft, k = 1"])),
     Claim("continuing from the last round is above starting again", "",
