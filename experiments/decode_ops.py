@@ -30,10 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from experiments.reproduce import insert  # noqa: E402
+
 import grpo  # noqa: E402
 from common.plumbing import cuda_graph, models  # noqa: E402
 from experiments import gpu  # noqa: E402
-from experiments.reproduce import insert  # noqa: E402
 
 RECORD = ROOT / "experiments/results/decode_ops.json"
 MEASURED = ROOT / "experiments/results/decoding.json"

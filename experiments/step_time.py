@@ -43,11 +43,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from experiments.reproduce import insert  # noqa: E402
+
 from common import tokenization as tok  # noqa: E402
 from common.plumbing import decoding, ranks  # noqa: E402
 from common.plumbing import memory as room  # noqa: E402
 from experiments import gpu, memory  # noqa: E402
-from experiments.reproduce import insert  # noqa: E402
 
 RECORD = ROOT / "experiments/results/decoding.json"
 BANDWIDTH, PEAK = gpu.CARDS["H100"]
