@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 from common.plumbing import cuda_graph, models  # noqa: E402
 from experiments import gpu  # noqa: E402
-from experiments.reproduce import insert  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 RECORD = ROOT / "experiments/results/decode_ops.json"
 MEASURED = ROOT / "experiments/results/decoding.json"

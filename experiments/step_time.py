@@ -47,7 +47,7 @@ from common import tokenization as tok  # noqa: E402
 from common.plumbing import decoding, ranks  # noqa: E402
 from common.plumbing import memory as room  # noqa: E402
 from experiments import gpu, memory  # noqa: E402
-from experiments.reproduce import insert  # noqa: E402
+from experiments.tables import insert  # noqa: E402
 
 RECORD = ROOT / "experiments/results/decoding.json"
 BANDWIDTH, PEAK = gpu.CARDS["H100"]
