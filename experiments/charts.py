@@ -99,6 +99,30 @@ def contrasts(records):
     return figure
 
 
+def pass_k(records):
+    """pass@1 and pass@8 of the same samples: what a method gains in one try and in eight."""
+    regimes = ("answers", "easy")
+    keys = {regime: [rec.BASE, *rec.rows_of(regime)[1:]] for regime in regimes}
+    keys = {regime: [key for key in some if rec.finals(records, key)] for regime, some in keys.items()}
+    figure, [axes] = canvas(1, 2, 0.2 * max(map(len, keys.values())) + 1.1)
+    for axis, regime in zip(axes, regimes):
+        for y, key in enumerate(keys[regime]):
+            paint = GREY if key == rec.BASE else color(key)
+            runs = rec.finals(records, key)
+            one, eight = (mean(rec.number(x, name) for x in runs) for name in ("primary", "pass@8"))
+            axis.plot([one, eight], [y, y], color=paint, linewidth=1.5, alpha=0.7)
+            axis.plot(one, y, "o", color=paint, markerfacecolor="none", markersize=5)
+            axis.plot(eight, y, "o", color=paint, markersize=5)
+        names = [rec.name_in(regime, key) for key in keys[regime]]
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(xlim=(0.3, 1.02), ylim=(max(map(len, keys.values())) - 0.4, -0.6), title=SAID[regime])
+        axis.grid(axis="x")
+        axis.tick_params(axis="y", length=0)
+    text = "levels 1 to 6, T = 0.6; open: pass@1, filled: pass@8 of the same samples; means over seeds"
+    figure.supxlabel(text, fontsize=9)
+    return figure
+
+
 def claims(records):
     """A forest plot: every comparison of every claim, filled where it is significant."""
     lines = []
@@ -254,7 +278,7 @@ def band(axis, steps, seeds, paint, name):
     axis.fill_between(steps, [min(x) for x in by_step], [max(x) for x in by_step], color=paint, alpha=0.2)
 
 
-FIGURES = (results, contrasts, claims, costs, learning_rates, curves)
+FIGURES = (results, contrasts, pass_k, claims, costs, learning_rates, curves)
 
 
 @styled
