@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import gpu, intervals, ppo_sweep, speed, tables
+from experiments import figures, gpu, hardware, intervals, picture, ppo_sweep, speed, tables
 from experiments import records as rec
 
 README = (ROOT / "README.md").read_text()
@@ -165,3 +165,14 @@ def test_the_pages_have_what_was_measured_on_a_gpu():
 def test_the_page_has_the_speeds_that_were_measured():
     records = json.loads((ROOT / "experiments/results/speed.json").read_text())
     assert has("docs/benchmarks.md", "speed", speed.table(records))
+
+
+@pytest.mark.parametrize("name", ["memory", "speed"])
+def test_the_figures_of_hardware_are_those_of_the_records(name, tmp_path):
+    figures.save(getattr(hardware, f"draw_{name}")(), tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == (ROOT / f"docs/{name}.svg").read_text()
+
+
+def test_the_first_picture_is_that_of_the_records(tmp_path):
+    figures.save(picture.draw(rec.read()), tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == (ROOT / "docs/family.svg").read_text()
