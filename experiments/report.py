@@ -21,6 +21,7 @@ from experiments.rows import BY_KEY, CLAIMS, LOW, NOT_TESTABLE, REGIMES, RL, SUP
 from experiments.tables import insert, table  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
+SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd")  # with rows
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
@@ -99,6 +100,24 @@ def contrasts(records):
             cells.append(of_seeds(values) if values else "not run")
         lines.append([name, *cells])
     return table(["", *rec.DEMONSTRATED], lines)
+
+
+def of_script(records, script):
+    """The table of a method's page: all rows that end with this script, by regime."""
+    keys = [row.key for row in rec.by_regime() if row.command.split()[0] == f"{script}.py"]
+    lines = []
+    for key in keys:
+        if not rec.finals(records, key):
+            continue
+        row = BY_KEY[key]
+        line = [row.name, row.regime, of_seeds(rec.numbers(records, key, "primary", row.regime))]
+        for name in ("greedy", "side"):
+            line.append(f"{mean(rec.numbers(records, key, name, row.regime)):.3f}")
+        cost = rec.costs(records, key)
+        line += [thousands(cost["generated"]), thousands(cost["trained"]), taken(records, row)]
+        lines.append([*line, seeds(records, key)])
+    head = ["row", "regime", "pass@1 [95 %]", "greedy", "side", "generated", "trained", "learning rate"]
+    return table([*head, "seeds"], lines) + not_run(records, keys)
 
 
 # ---- costs and learning rates ----------------------------------------------------------------------------
@@ -194,6 +213,7 @@ def tables(records):
     """{mark: lines} of everything that docs/ shows."""
     found = {"contrasts": contrasts(records)}
     found |= {f"regime {regime}": results(records, regime) for regime in REGIMES}
+    found |= {f"rows {script}": of_script(records, script) for script in SCRIPTS}
     return found | {"verdicts": claims(records), "costs": costs(records), "learning rates": tuning(records)}
 
 
