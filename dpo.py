@@ -16,7 +16,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     Z       pairs of the whole global batch
 log pi_0 is computed once, before training, and stored with the pairs: one model is in memory.
 
-    python dpo.py                      # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.40
+    python dpo.py                      # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.39
     python dpo.py --pairs tiny/preferences --loss simpo  # labels of a noisy annotator, no verifier
     python dpo.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --data DIR --dtype bf16 --lr 1e-6 --k 16
     # set the lengths for your data, for example --max-demo-tokens 2048 --max-new-tokens 2048

@@ -17,7 +17,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     Z       response tokens of the global batch (the official code takes means of micro-batches)
 With --hinted off --weight sft it is sft.py, bit by bit.
 
-    python idft_hinted.py              # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.73
+    python idft_hinted.py              # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.72
     python idft_hinted.py --hinted off --weight dft       # DFT on the demonstrations as they are
     python idft_hinted.py --model Qwen/Qwen2.5-1.5B-Instruct --data DIR --dtype bf16 --lr 6e-5
     # set the lengths for your data, for example --max-demo-tokens 2048 --max-new-tokens 2048

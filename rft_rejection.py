@@ -16,7 +16,7 @@ RFT is one round: samples of an SFT model train its base; its check of the equat
 not here. Several rounds are STaR (--rationalize --k 1) and ReST-EM; RAFT and expert iteration are
 --restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
 
-    python rft_rejection.py            # tiny world, minutes on 2 CPU cores
+    python rft_rejection.py            # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.39
     python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold    # samples of SFT, its base
     python rft_rejection.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 2e-5
     # set the lengths for your data, for example --max-demo-tokens 2048 --max-new-tokens 2048

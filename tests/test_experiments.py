@@ -1,16 +1,14 @@
 """The tables of README and docs: bootstrap and best-of-n, and that they hold what was measured."""
 
-import importlib
 import itertools
 import json
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
 from conftest import ROOT
 
-from experiments import figures, gpu, hardware, intervals, picture, ppo_sweep, speed, tables
+from experiments import defaults, figures, gpu, hardware, intervals, picture, ppo_sweep, speed, tables
 from experiments import records as rec
 
 README = (ROOT / "README.md").read_text()
@@ -66,43 +64,12 @@ def test_the_draws_of_two_methods_are_the_same():
     assert low < mean < high
 
 
-DEFAULTS = {  # the row that a script runs without arguments
-    "sft": "all: sft",
-    "idft_hinted": "all: hinted + idft",
-    "dpo": "answers: dpo",
-    "grpo": "answers: grpo",
-    "prefix_rft": "all: prefix_rft",
-}
-
-
-def at_1(records, key):
-    """pass@1 at temperature 1, which a run prints: the mean of the seeds and levels."""
-    return f"{mean(rec.number(x, 'T = 1') for x in rec.finals(records, key)):.2f}"
-
-
-@pytest.mark.parametrize("script", DEFAULTS)
+@pytest.mark.parametrize("script", defaults.SCRIPTS)
 def test_a_script_and_the_readme_promise_what_was_measured(script):
-    """pass@1 of the base and of the row that the script runs with no argument."""
-    key, records = DEFAULTS[script], rec.read()
-    if rec.lacking(records, key):
-        pytest.skip(f"{rec.lacking(records, key)} has not been run")
-    [command] = rec.finals(records, key)[0]["commands"]
-    _, ran = rec.parsed(command)
-    default = importlib.import_module(script).parse_args([])
-    other = {k: (v, getattr(default, k)) for k, v in vars(ran).items() if v != getattr(default, k)}
-    assert not other, f"the row {key} and the defaults of {script}.py differ: {other}"
-    promised(f"{script}.py", "pass@1", [at_1(records, rec.BASE), at_1(records, key)])
-
-
-def test_the_readme_promises_what_rejection_sampling_measured():
-    """A range of settings: its default has no row."""
-    records = rec.read()
-    keys = [row.key for row in rec.by_regime() if rec.method(row) == "rft"]
-    if missing := [text for key in keys if (text := rec.lacking(records, key))]:
-        pytest.skip(f"{', '.join(missing)} has not been run")
-    found = sorted(at_1(records, key) for key in keys)
-    row = next(line for line in README.splitlines() if line.startswith("| [`rft_rejection.py`]"))
-    assert f"{at_1(records, rec.BASE)} → {found[0]}–{found[-1]}" in row
+    """pass@1 before and after a run with no argument."""
+    before, after, seeds = defaults.means(script)
+    assert seeds == 3 and "over three seeds" in README
+    promised(f"{script}.py", "pass@1", [f"{before:.2f}", f"{after:.2f}"])
 
 
 def test_ppo_and_the_readme_promise_what_was_measured():
