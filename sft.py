@@ -10,7 +10,7 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi:
     weight  1
     mask    the response, EOS included; no token of the prompt
     Z       response tokens of the whole global batch. The mean of micro-batch means is different:
-            it weights a token by its micro-batch's length and made SFT baselines weak (2604.23747)
+            it weights a token by its micro-batch's length, a smaller fault of SFT baselines (2604.23747)
 
     python sft.py                    # tiny world, one minute on 2 CPU cores: pass@1 0.26 -> 0.97
     python sft.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 5e-5
