@@ -8,6 +8,7 @@ from experiments import real_prepare
 from experiments.figures import COLORS, GREY, canvas, save, styled
 from experiments.intervals import one_sample, student, welch
 from experiments.real_cells import (
+    AFTER,
     RATES,
     RECORDS,
     ROWS,
@@ -34,6 +35,9 @@ COMPARED = [  # row over row
     ("sft, then grpo", "sft"),
     ("dft", "sft"),
     ("rft", "grpo"),
+    ("dft", "start"),
+    ("rft", "start"),
+    ("dft", "grpo"),
 ]
 
 # ---- tables ----------------------------------------------------------------------------------------------
@@ -49,9 +53,9 @@ def of_seeds(values):
 
 def difference(a, b):
     """The mean of a minus that of b. A single b, such as the start's, has no variance of its own."""
-    if len(a) < len(SEEDS):
+    if len(a) < len(SEEDS) or 1 < len(b) < len(SEEDS):
         return f"{mean(a) - mean(b):+.3f}"
-    found = welch(a, b) if len(b) > 1 else one_sample(a, b[0])
+    found = welch(a, b) if len(b) >= len(SEEDS) else one_sample(a, b[0])
     low, high = found.interval()
     return f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -101,7 +105,11 @@ def comparisons(records, size, data):
         if better in rows and worse in rows:
             line = [f"{better} over {worse}"]
             for level in (HELD_OUT, OTHER):
-                line.append(difference(*(numbers(rows[row], level) for row in (better, worse))))
+                pair = [numbers(rows[row], level) for row in (better, worse)]
+                if AFTER.get(better) == worse and len(pair[0]) == len(pair[1]):
+                    # a run and the one that it continues: their seeds differ together
+                    pair = [x - y for x, y in zip(*pair)], [0.0]
+                line.append(difference(*pair))
             lines.append(line)
     return table(["difference in pass@1", "held out", "another origin"], lines) if lines else []
 

@@ -21,6 +21,7 @@ from experiments.rows import BY_KEY, CLAIMS, LOW, NOT_TESTABLE, REGIMES, RL, SUP
 from experiments.tables import insert, table  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
+NAMED = 6  # rows at most that are named below a table
 SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd")  # with rows
 
 
@@ -44,10 +45,13 @@ def p_value(p):
 
 
 def not_run(records, keys):
-    """Below a table: which of its rows are not complete."""
+    """Below a table: which of its rows are not complete; of many how many."""
     missing = [rec.lacking(records, key) for key in keys]
     missing = [text for text in missing if text]
-    return ["", f"Not run yet: {'; '.join(missing)}."] if missing else []
+    if not missing:
+        return []
+    text = "; ".join(missing) if len(missing) <= NAMED else f"{len(missing)} of {len(keys)} rows"
+    return ["", f"Not run yet: {text}."]
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -183,12 +187,18 @@ def tuned_share(records, row):
 
 
 def claims(records):
-    """The table of claims: every comparison with its difference, interval and p, and the verdict."""
-    lines = []
+    """The table of claims: every comparison with its difference, interval and p, and the verdict.
+
+    Claims with a verdict come first. Of the others only the comparisons that are known are given.
+    """
+    lines, open_ones = [], []
     for claim in CLAIMS:
         found = rec.comparisons(records, claim)
         word, details = rec.verdict(found)
-        lines.append([claim.text, claim.source, "<br>".join(map(said, found)), f"**{word}**<br>{details}"])
+        known = [said(x) for x in found if not x.missing]
+        line = [claim.text, claim.source, "<br>".join(known), f"**{word}**<br>{details}"]
+        (open_ones if word == "no verdict" else lines).append(line)
+    lines += open_ones
     lines += [[text, "", "", f"**not testable here**<br>{reason}"] for text, reason in NOT_TESTABLE.items()]
     return table(["claim", "paper", "difference [95 %], p after Holm", "verdict"], lines)
 
@@ -196,8 +206,6 @@ def claims(records):
 def said(comparison):
     """A comparison in words and numbers."""
     text = rec.pair(comparison)
-    if comparison.missing:
-        return f"{text}: not run"
     estimate = comparison.estimate
     low, high = estimate.interval()
     text += f": {estimate.mean:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -139,7 +139,7 @@ CLAIMS = [
           "2604.23747: 57.0; 51.8 Prefix-RFT, 46.3 LUFFY",
           tuple((f"{regime}: sft, then grpo", f"{regime}: {mixed}", "primary")
                 for regime in (EASY, FEW) for mixed in (PREFIX, "luffy"))),
-    Claim("RL and Prefix-RFT generalise from easy demonstrations, SFT does not", "",
+    Claim("RL with or after easy demonstrations is above SFT alone on harder questions", "",
           over(f"{EASY}: {PREFIX}", [f"{EASY}: sft"]) + over(f"{EASY}: sft, then grpo", [f"{EASY}: sft"])),
     Claim("of a prefix, train the tokens of highest entropy: not all, none, random ones or the lowest",
           "2507.01679: 51.8; 45.7 all, 45.4 none",

@@ -124,6 +124,11 @@ def test_no_other_number_of_the_readme_is_a_measurement():
         "46",  # bugs of the zoo: tests/test_zoo.py
         "0.1.0",  # the version
         "135",  # the name of a model
+        "7",  # coins of Ann
+        "0.6",  # a temperature
+        "8",  # of pass@8
+        "20",  # percent of a prefix that are trained
+        "320",  # questions of experiments/real.py
         "32",
         "16",  # bits
     }  # fmt: skip

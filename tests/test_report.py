@@ -260,13 +260,15 @@ def test_the_report_of_a_finished_study_lacks_nothing(full):
 def test_the_report_of_a_half_done_study_says_what_is_missing(half):
     found = report.tables(half)
     easy = "\n".join(found["regime easy"])
-    assert "easy: prefix_rft (3 of 10 seeds); easy: prefix_rft, whole prefix;" in easy
+    assert "Not run yet: 15 of 18 rows." in easy
+    few = "\n".join(found["regime few 16"])
+    assert "Not run yet: few 16: sft; few 16: sft, then grpo; few 16: luffy; few 16: prefix_rft." in few
     assert "| 3 of 10 |" in easy and "| sft |" in easy and "| luffy |" not in easy
     assert "| grpo (no demonstrations) |" in easy
     assert "| easy: luffy |" in "\n".join(found["learning rates"])
     assert "| sft, then grpo | not run | not run |" in "\n".join(found["contrasts"])
     nothing = report.tables([])
-    assert nothing.keys() == found.keys() and "Not run yet: base;" in "\n".join(nothing["regime all"])
+    assert nothing.keys() == found.keys() and "Not run yet: base; " in "\n".join(nothing["regime few 16"])
 
 
 def test_the_table_of_a_regime_by_hand():

@@ -38,7 +38,7 @@ TABLE = {
     "prefix_rft.py": (
         "I_clip · r · A on both parts",
         "on-policy tokens, and of the prefix the 20 % of highest entropy",
-        "as GRPO",
+        "as in GRPO",
         "test_weight_of_prefix_rft",
     ),
     "opsd.py": (
