@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -74,14 +74,14 @@ def parse_args(argv=None):
     add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of --eval-samples")
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
-    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
+    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncate longer texts")
     add("--loss", choices=["dpo", "simpo"], default="dpo", help="simpo: no reference policy")
     add("--beta", type=flags.number(0), default=0.1, help="DPO: penalty for leaving --model")
     add("--simpo-beta", type=flags.number(0), default=2.0, help="SimPO: scale of the mean logp")
     add("--simpo-margin", type=flags.number(0), default=1.0, help="SimPO: margin to aim for")
     add("--pairs", help="data set with columns prompt, chosen, rejected; default: sampled")
     add("--k", type=flags.integer(1), default=8, help="samples per question, without --pairs")
-    add("--pair-questions", type=flags.integer(1), default=1000, help="questions to make pairs")
+    add("--pair-questions", type=flags.integer(1), default=1000, help="questions to sample")
     return parser.parse_args(argv)
 
 

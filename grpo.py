@@ -16,7 +16,7 @@ Relatives change one term: the advantage (--advantage maxrl, MaxRL, 2602.02710),
 sequence, GSPO, 2507.18071) or the clip (--clip cispo, CISPO, 2506.13585). With --tis-cap C the weight
 is multiplied by min(pi_old / pi_sampler, C).
 
-    python grpo.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.55
+    python grpo.py                     # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.53
     python grpo.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
     # set the lengths for your data, for example --max-new-tokens 3000
 """
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -75,18 +75,25 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     kinds = ["grpo", "dr_grpo", "maxrl"]
-    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
+    text = "R - mean of the group; grpo: divided by the std; maxrl: divided by the mean"
+    add("--advantage", choices=kinds, default="dr_grpo", help=text)
+    text = "sequence: mean of means; token: mean of tokens; constant: sum / responses / budget"
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help=text)
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
-    add("--dynamic-sampling", type=flags.integer(0), default=0, help="rounds that redraw equal rewards")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="length penalty in the last N")
-    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
-    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
-    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
+    text = "DAPO: replace groups all correct or all incorrect, up to N times per step; 0: off"
+    add("--dynamic-sampling", type=flags.integer(0), default=0, help=text)
+    text = "DAPO: a penalty grows from 0 to 0.5 over the last N tokens of the budget; 0: off"
+    add("--overlong-tokens", type=flags.integer(0), default=0, help=text)
+    text = "one ratio per token, or per response (GSPO, with --loss-norm sequence)"
+    add("--ratio", choices=["token", "sequence"], default="token", help=text)
+    text = "ppo: tokens beyond the clip get no gradient; cispo: the clipped ratio is a weight"
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help=text)
+    text = "weight tokens by pi_old / pi_sampler, at most this, such as 2 (TIS); 0: off"
+    add("--tis-cap", type=flags.number(0), default=0.0, help=text)
     return parser.parse_args(argv)
 
 

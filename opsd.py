@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -78,16 +78,20 @@ def parse_args(argv=None):
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(1), default=1, help="completions per question, G")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="sequence", help="loss normaliser")
+    text = "sequence: mean of means; token: mean of tokens; constant: sum / responses / budget"
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="sequence", help=text)
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
-    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
-    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
-    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
-    add("--teacher", choices=["initial", "current"], default="initial", help="whose weights teach")
+    text = "one ratio per token, or per response (GSPO, with --loss-norm sequence)"
+    add("--ratio", choices=["token", "sequence"], default="token", help=text)
+    text = "ppo: tokens beyond the clip get no gradient; cispo: the clipped ratio is a weight"
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help=text)
+    text = "weight tokens by pi_old / pi_sampler, at most this, such as 2 (TIS); 0: off"
+    add("--tis-cap", type=flags.number(0), default=0.0, help=text)
+    add("--teacher", choices=["initial", "current"], default="initial", help="teacher weights")
     add("--hint-template", default=HINT, help="prompt that shows {solution} beside {question}")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Prefix-RFT: one completion of each group continues a demonstration that was cut off at random.
+"""Prefix-RFT: one completion of each group continues a randomly truncated demonstration.
 
 Huang et al., Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling, 2507.01679.
 The hybrid, y*_<L and its continuation, is judged like any completion and shares the baseline of
@@ -11,7 +11,7 @@ its group: demonstrations are imitated where that earns more reward. Against grp
     Z       unchanged: it counts the tokens whose A is 0, too
 
 --prefix-schedule none is grpo.py, bit by bit; --prefix-loss none gives prefix hints without a loss.
-With whole demonstrations, --prefix-schedule full --prefix-loss all, --prefix-weight names a relative:
+With whole demonstrations, --prefix-schedule full --prefix-loss all, related methods are --prefix-weight
 luffy (LUFFY, 2504.14945), sft (RL plus an SFT loss), chord (CHORD-phi, 2508.11408), srft (the
 demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0 is HPT (2509.04419). UFT (2505.16984)
 gives every completion a prefix, in the end an empty one: --prefix-schedule binomial --hybrids 8
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -77,30 +77,40 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=8, help="completions per question, G")
     kinds = ["grpo", "dr_grpo", "maxrl"]
-    add("--advantage", choices=kinds, default="dr_grpo", help="R - mean, over std, 1 or the mean")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help="loss normaliser")
+    text = "R - mean of the group; grpo: divided by the std; maxrl: divided by the mean"
+    add("--advantage", choices=kinds, default="dr_grpo", help=text)
+    text = "sequence: mean of means; token: mean of tokens; constant: sum / responses / budget"
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="constant", help=text)
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.0, help="KL penalty to --model; 0: none")
     add("--epochs-per-batch", type=flags.integer(1), default=1, help="passes over the samples")
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
-    add("--dynamic-sampling", type=flags.integer(0), default=0, help="rounds that redraw equal rewards")
-    add("--overlong-tokens", type=flags.integer(0), default=0, help="length penalty in the last N")
-    add("--ratio", choices=["token", "sequence"], default="token", help="sequence: GSPO")
-    add("--clip", choices=["ppo", "cispo"], default="ppo", help="cispo: clip the weight only")
-    add("--tis-cap", type=flags.number(0), default=0.0, help="cap of the weight pi_old/pi_sampler; 0: off")
+    text = "DAPO: replace groups all correct or all incorrect, up to N times per step; 0: off"
+    add("--dynamic-sampling", type=flags.integer(0), default=0, help=text)
+    text = "DAPO: a penalty grows from 0 to 0.5 over the last N tokens of the budget; 0: off"
+    add("--overlong-tokens", type=flags.integer(0), default=0, help=text)
+    text = "one ratio per token, or per response (GSPO, with --loss-norm sequence)"
+    add("--ratio", choices=["token", "sequence"], default="token", help=text)
+    text = "ppo: tokens beyond the clip get no gradient; cispo: the clipped ratio is a weight"
+    add("--clip", choices=["ppo", "cispo"], default="ppo", help=text)
+    text = "weight tokens by pi_old / pi_sampler, at most this, such as 2 (TIS); 0: off"
+    add("--tis-cap", type=flags.number(0), default=0.0, help=text)
     schedules = ["cosine", "uniform", "full", "none", "binomial"]
-    add("--prefix-schedule", choices=schedules, default="cosine", help="how prefix lengths are drawn")
-    add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps of the cosine")
+    text = "cosine: long ones first, later any length; uniform: any; full: all; binomial: UFT"
+    add("--prefix-schedule", choices=schedules, default="cosine", help=text)
+    add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps of the decay")
     kept = ["keep", "all", "none", "random", "bottom"]
-    add("--prefix-loss", choices=kept, default="keep", help="which prefix tokens are trained")
+    text = "trained prefix tokens; keep: highest entropy; bottom: lowest; random: any"
+    add("--prefix-loss", choices=kept, default="keep", help=text)
     add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of prefix tokens trained")
     weights = ["ratio", "luffy", "sft", "chord", "srft"]
-    add("--prefix-weight", choices=weights, default="ratio", help="weight of prefix tokens")
+    text = "ratio: weight of other tokens; sft: an SFT loss; luffy, chord, srft: these methods"
+    add("--prefix-weight", choices=weights, default="ratio", help=text)
     add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of questions with a prefix")
-    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of the SFT loss")
-    add("--hybrids", type=flags.integer(1), default=1, help="completions with the prefix")
-    gate = "HPT: imitate where the mean reward is not above this; -1: off"
+    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of sft, chord and srft")
+    add("--hybrids", type=flags.integer(1), default=1, help="prefixed completions per group")
+    gate = "HPT: imitate where the mean on-policy reward is at most this; -1: off"
     add("--hpt-gate", type=flags.number(-1, 1), default=-1.0, help=gate)
     return parser.parse_args(argv)
 

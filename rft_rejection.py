@@ -12,9 +12,9 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     weight  1, as in sft.py: an incorrect sample is left out, not pushed down as in grpo.py
     mask    the response, EOS included
     Z       response tokens of the whole global batch
-RFT is one round: samples of an SFT model train its base; its check of the equations in a sample is
-not here. Several rounds are STaR (--rationalize --k 1) and ReST-EM; RAFT and expert iteration are
---restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
+RFT is one round: an SFT model samples, and its base is trained. RFT also checks the equations of a
+sample; this script does not. STaR (--rationalize --k 1) and ReST-EM have several rounds. RAFT and
+expert iteration are --restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
 
     python rft_rejection.py            # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.39
     python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold    # samples of SFT, its base
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of --eval-samples")
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
-    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
+    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncate longer texts")
     add("--k", type=flags.integer(0), default=8, help="samples per question and round")
     add("--questions", type=flags.integer(0), default=1000, help="questions per round; 0: all")
     add("--keep-per-question", type=flags.integer(0), default=0, help="samples kept; 0: all")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     const = "{question}\nAnswer: {gold}"
     add("--rationalize", nargs="?", const=const, help="STaR: retry failures, shown the answer")
     add("--rounds", type=flags.integer(1), default=1, help="rounds of sampling and training")
-    add("--restart", choices=["base", "continue"], default="base", help="start of each round")
+    add("--restart", choices=["base", "continue"], default="base", help="what a round trains")
     add("--base", help="model that --restart base trains; default: --model")
     return parser.parse_args(argv)
 

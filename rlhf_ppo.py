@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -77,7 +77,8 @@ def parse_args(argv=None):
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
     add("--group-size", type=flags.integer(2), default=2, help="completions per question, G")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="token", help="loss normaliser")
+    text = "sequence: mean of means; token: mean of tokens; constant: sum / responses / budget"
+    add("--loss-norm", choices=["sequence", "token", "constant"], default="token", help=text)
     add("--clip-low", type=flags.number(0, 1), default=0.2, help="ratios are at least 1 - this")
     add("--clip-high", type=flags.number(0), default=0.2, help="ratios are at most 1 + this")
     add("--kl-coef", type=flags.number(0), default=0.2, help="KL penalty to --model; 0: none")
@@ -92,9 +93,9 @@ def parse_args(argv=None):
     add("--reward-lr", type=flags.number(0, 1), default=flags.Rate(3e-4, 1e-5), help="lr of stage 2")
     add("--reward-epochs", type=flags.integer(1), default=2, help="passes over the pairs")
     add("--no-eos-score", type=flags.finite(-1e9), default=-2.0, help="of truncated responses")
-    add("--value-clip", type=flags.number(0), default=0.2, help="most a value moves per step")
-    add("--lam", type=flags.number(0, 1), default=0.95, help="GAE: 0 the critic, 1 the rewards")
-    add("--kl-target", type=flags.number(0), default=0.0, help="--kl-coef aims at it; 0: off")
+    add("--value-clip", type=flags.number(0), default=0.2, help="clip to the old value +- this")
+    add("--lam", type=flags.number(0, 1), default=0.95, help="GAE lambda; 0: trust the critic")
+    add("--kl-target", type=flags.number(0), default=0.0, help="adapt --kl-coef to it; 0: off")
     return parser.parse_args(argv)
 
 

@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add("--eval-data", help="data set with the held-out rows; default: --data")
     add("--eval-split", help="split with held-out rows; default: test, else a tenth of --split")
     add("--question-key", default="question", help="column with the question")
-    add("--answer-key", default="answer", help="column with gold answers, else --solution-key")
+    add("--answer-key", default="answer", help="gold answers; if not there, --solution-key")
     add("--solution-key", default="solution", help="column with the demonstration")
     add("--prompt-template", default="{question}", help="prompt; {question} is filled in")
     add("--chat-template", choices=["on", "off"], default="on", help="use the model's template")
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--eval-temperature", type=flags.number(1e-3), default=1.0, help="of --eval-samples")
     add("--eval-first", choices=["on", "off"], default="on", help="evaluate before training")
     add = parser.add_argument_group("the method").add_argument
-    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncates longer ones")
+    add("--max-demo-tokens", type=flags.integer(1), default=512, help="truncate longer texts")
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ LINES = {  # at most, all lines
     "idft_hinted": 480,
     "dpo": 440,
     "grpo": 440,
-    "prefix_rft": 500,  # six related methods are flags of it
+    "prefix_rft": 510,  # six related methods are flags of it
     "opsd": 440,
     "rlhf_ppo": 600,
 }
@@ -32,7 +32,9 @@ LONGEST_FUNCTION, LONGEST_MAIN = 60, 130  # lines
 LONGER = {
     ("rlhf_ppo", "main"): 140,  # it has three stages, and two networks in the last of them
     ("prefix_rft", "main"): 140,  # a second mask, and the gate of HPT
-    ("prefix_rft", "parse_args"): 70,  # the flags of grpo.py, and ten of its own
+    ("grpo", "parse_args"): 65,  # a help text that says what a value does is a line of its own
+    ("rlhf_ppo", "parse_args"): 65,  # the flags of three stages
+    ("prefix_rft", "parse_args"): 80,  # the flags of grpo.py, and ten of its own
 }
 
 FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
@@ -41,7 +43,7 @@ FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
     ("sft", "idft_hinted"): (30, 0.74, 24),
     ("sft", "rft_rejection"): (30, 0.74, 22),
     ("sft", "dpo"): (30, 0.74, 24),
-    ("grpo", "rlhf_ppo"): (42, 0.61, 44),  # grpo.py has flags that PPO has no use for
+    ("grpo", "rlhf_ppo"): (42, 0.60, 44),  # grpo.py has flags that PPO has no use for
 }
 # grpo.py has relatives that PPO has no use for: its copies are those of grpo.py with lines left out
 SHORTER = {("rlhf_ppo", "advantages"), ("rlhf_ppo", "policy_loss")}
