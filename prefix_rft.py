@@ -211,7 +211,8 @@ def rollout(model, tokenizer, rows, step, args):
     for i in range(0, len(rows), args.group_size):
         prefix = draw_prefix(tokenizer, rows[i], step, args)
         prefixes[i : i + args.hybrids] = [prefix] * args.hybrids
-    starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]  # the policy goes on
+    # the policy continues from here
+    starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
     continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
