@@ -15,8 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests/zoo")]
-from listing import PARENTS  # noqa: E402
-from workshop import BUGS, patched, run, tomllib, workspace  # noqa: E402
+try:
+    from listing import PARENTS
+    from workshop import BUGS, patched, run, tomllib, workspace
+except ModuleNotFoundError as error:
+    print(f"{error.name} is not installed; pip install -r requirements-dev.txt.", file=sys.stderr)
+    sys.exit(2)
 
 EXERCISES = tomllib.loads((ROOT / "docs/exercises.toml").read_text())
 

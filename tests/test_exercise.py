@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -143,3 +144,11 @@ def test_find_the_bug(tmp_path, capsys, monkeypatch):
 def test_a_mark_that_is_not_in_the_script_is_an_error(mark):
     with pytest.raises(ValueError, match="stale"):
         exercise.blanked("grpo", [mark | {"task": "x"}])
+
+
+def test_what_is_not_installed_is_named():
+    """Of the packages for development, which the quick start does not install."""
+    code = "import runpy, sys; sys.modules['pytest'] = None; runpy.run_path('docs/exercise.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    sentence = "pytest is not installed; pip install -r requirements-dev.txt."
+    assert done.returncode == 2 and done.stderr.strip() == sentence
