@@ -181,11 +181,11 @@ def test_the_count_stands_for_kernels():
 
 
 def test_the_sentences_about_a_step():
-    """Products, attention and draw beside the least; what the casts that could be shared take."""
+    """Products, attention and draw beside the minimum; what the casts that could be shared take."""
     lines = between("decode time")
     times = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in lines[2:])}
     *three, _, _, least = times.values()
-    assert 4.9 < sum(three) / least < 5.4 and "five times the least" in " ".join(PAGE.split())
+    assert 4.9 < sum(three) / least < 5.4 and "five times the minimum" in " ".join(PAGE.split())
     casts = RECORD["profile 0.5B"]["longest"]
     ms, launches = next(x for name, x in casts.items() if "bfloat16_copy" in name)
     share = ms * 72 / launches / RECORD["profile 0.5B"]["ms of kernels a step"]
