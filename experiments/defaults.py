@@ -18,7 +18,7 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "experiments/results/defaults.json"
-SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd")
+SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "luffy", "opsd")
 
 
 def read():

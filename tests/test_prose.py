@@ -11,7 +11,7 @@ from experiments import real_cells, real_report, records, report
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd", "rlhf_ppo"]
+SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "luffy", "opsd", "rlhf_ppo"]
 RESULTS = ROOT / "experiments/results"
 
 
