@@ -10,7 +10,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import records as rec  # noqa: E402
 from experiments import study  # noqa: E402
-from experiments.figures import COLORS, GREY, canvas, label, save, styled  # noqa: E402
+from experiments.figures import COLORS, GREY, band, canvas, label, save, styled  # noqa: E402
 from experiments.intervals import MARGIN, student  # noqa: E402
 from experiments.rows import BY_KEY, CLAIMS, REGIMES  # noqa: E402
 
@@ -269,13 +269,6 @@ def curves(records):
     figure.legend(handles, [*methods, text], loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle("mean over seeds; bands from the lowest seed to the highest", fontsize=9)
     return figure
-
-
-def band(axis, steps, seeds, paint, name):
-    """The mean of the seeds within the range of all of them."""
-    by_step = list(zip(*seeds))
-    axis.plot(steps, [mean(x) for x in by_step], color=paint, linewidth=1.5, label=name)
-    axis.fill_between(steps, [min(x) for x in by_step], [max(x) for x in by_step], color=paint, alpha=0.2)
 
 
 FIGURES = (results, contrasts, pass_k, claims, costs, learning_rates, curves)

@@ -5,6 +5,7 @@ text has a grey that can be read on white and on black. The same numbers give th
 """
 
 from itertools import product
+from statistics import mean
 
 import matplotlib
 import numpy as np
@@ -70,6 +71,13 @@ def canvas(rows, columns, height, **more):
 def save(figure, path):
     """Write an SVG file; without a date the same figure has the same bytes."""
     figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+
+
+def band(axis, steps, seeds, paint, name):
+    """The mean of the seeds within the range of all of them."""
+    by_step = list(zip(*seeds))
+    axis.plot(steps, [mean(x) for x in by_step], color=paint, linewidth=1.5, label=name)
+    axis.fill_between(steps, [min(x) for x in by_step], [max(x) for x in by_step], color=paint, alpha=0.2)
 
 
 def _along(corners):

@@ -72,6 +72,52 @@ def test_a_script_and_the_readme_promise_what_was_measured(script):
     promised(f"{script}.py", "pass@1", [f"{before:.2f}", f"{after:.2f}"])
 
 
+@pytest.mark.parametrize("script", defaults.SCRIPTS)
+def test_a_learning_curve_is_that_of_todays_default_run(script):
+    """Its ends are what the README promises; six evaluations, equally far apart."""
+    last = defaults.defaults(script).steps
+    for seed, record in defaults.read()[script].items():
+        assert defaults.is_recorded(script, seed)
+        steps, sampled, greedy = zip(*record["curve"])
+        assert steps == tuple(range(0, last + 1, last // 5))
+        assert (sampled[0], sampled[-1]) == (record["before"], record["after"])
+        assert all(0 < value <= 1 for value in (*sampled, *greedy))
+
+
+@pytest.mark.parametrize("script", defaults.SCRIPTS)
+def test_a_page_has_the_learning_curve_of_the_records(script, tmp_path):
+    figures.save(defaults.draw(script), tmp_path / "again.svg")
+    committed = defaults.figure_of(script)
+    assert (tmp_path / "again.svg").read_text() == committed.read_text(), "run experiments/defaults.py"
+    page = PAGES[Path(f"docs/methods/{script}.md")]
+    results = page[page.index("<!-- /rows") : page.index("## Exercises")]
+    assert f"](../../experiments/results/{committed.name})" in results
+
+
+def test_a_record_has_what_a_run_reported(tmp_path, monkeypatch):
+    """Two lines of step 0, as in rft_rejection.py, and steps without an evaluation."""
+    ran = []
+
+    def train(words, **more):
+        ran.extend(words[1:-2])
+        folder = Path(words[-1])
+        folder.mkdir()
+        lines = [{"step": 0, "pass@1": 0.25, "accuracy": 0.5}, {"step": 0, "kept": 7}, {"step": 1}]
+        lines.append({"step": 2, "pass@1": 0.666666, "accuracy": 0.75})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "args.json").write_text(json.dumps({"commit": "c", "versions": {}}))
+
+    monkeypatch.setattr(defaults.subprocess, "run", train)
+    monkeypatch.setattr(defaults, "RECORDS", tmp_path / "defaults.json")
+    record = defaults.run("rft_rejection", 3)
+    assert record["curve"] == [[0, 0.25, 0.5], [2, 0.6667, 0.75]]
+    assert (record["before"], record["after"]) == (0.25, 0.6667)
+    assert ran == record["command"].split()[1:]
+    assert record["command"] == "python rft_rejection.py --seed 3 --eval-every 40"
+    defaults.RECORDS.write_text(json.dumps({"rft_rejection": {"3": record, "4": {"before": 0.25}}}))
+    assert [defaults.is_recorded("rft_rejection", seed) for seed in (3, 4, 5)] == [True, False, False]
+
+
 def test_ppo_and_the_readme_promise_what_was_measured():
     rows = json.loads((ppo_sweep.RESULTS / "ppo_sweep.json").read_text())
     gain = [f"{rows[x]['utility'][0]:.1f}" for x in ("best of 1", "ppo, 0.2")]

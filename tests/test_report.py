@@ -15,7 +15,7 @@ from matplotlib.text import Text
 import prefix_rft
 import sft
 from common.plumbing import data as rows_of_data
-from experiments import charts, figures, report, rows, study, tables, weights
+from experiments import charts, defaults, figures, report, rows, study, tables, weights
 from experiments import records as rec
 from experiments.intervals import Estimate
 from experiments.rows import BY_KEY, CLAIMS, REGIMES, ROWS
@@ -345,10 +345,8 @@ DRAWN = [("full", name) for name in NAMES] + [("half", name) for name in ("resul
 DRAWN += [("nothing", name) for name in ("contrasts", "curves")]
 
 
-@pytest.mark.parametrize(("records", "name"), DRAWN)
-def test_no_two_texts_of_a_figure_collide(records, name, request, monkeypatch):
-    some = [] if records == "nothing" else request.getfixturevalue(records)
-    figure = figures.styled(getattr(charts, name))(some)
+def check_layout(figure, monkeypatch):
+    """No two texts collide, and none is cut off."""
     found = texts(figure, monkeypatch)
     assert len(found) > 10 and collisions(found) == []
     edges = figure.bbox
@@ -356,6 +354,20 @@ def test_no_two_texts_of_a_figure_collide(records, name, request, monkeypatch):
         assert box.x0 >= -1 and box.x1 <= edges.width + 1 and box.y0 >= -1 and box.y1 <= edges.height + 1, (
             text
         )
+
+
+@pytest.mark.parametrize(("records", "name"), DRAWN)
+def test_no_two_texts_of_a_figure_collide(records, name, request, monkeypatch):
+    some = [] if records == "nothing" else request.getfixturevalue(records)
+    figure = figures.styled(getattr(charts, name))(some)
+    check_layout(figure, monkeypatch)
+
+
+@pytest.mark.parametrize("script", defaults.SCRIPTS)
+def test_no_two_texts_of_a_learning_curve_collide(script, monkeypatch):
+    figure = defaults.draw(script)
+    assert figure.get_figheight() <= figures.WIDTH / 2
+    check_layout(figure, monkeypatch)
 
 
 def test_a_collision_is_found(monkeypatch):

@@ -287,10 +287,15 @@ def test_a_run_on_rows_of_which_some_have_no_demonstration(run, data, tmp_path):
     assert [[line[k] for k in keys] for line in lines[0]] == [[line[k] for k in keys] for line in lines[1]]
 
 
-def test_evaluation_during_training(run, tmp_path):
-    out = run("sft", tmp_path / "run", "--eval-every", 2, *QUICK)
-    lines = read_jsonl(out / "metrics.jsonl")
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_evaluation_during_training_does_not_change_it(name, run, tmp_path):
+    out = run(name, tmp_path / "run", "--eval-every", 2, *QUICK)
+    without = run(name, tmp_path / "without", *QUICK)
+    lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (out, without))
     assert [line["step"] for line in lines if "accuracy" in line] == [0, 2, 4]
+    for line, other in zip(lines, others):
+        assert all(line[k] == v for k, v in other.items() if not k.startswith(("seconds", "peak")))
+    same_weights(out / "final", without / "final")
 
 
 # ---- other data, other models ----------------------------------------------------------------------------
