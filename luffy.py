@@ -5,7 +5,7 @@ The demonstration y* is judged like any completion and shares the baseline of it
 imitated where the policy's own completions earn less. Against grpo.py:
 
     data    G - 1 on-policy completions and y*, whole
-    weight  on y* f'(p) p A, for f(p) = p / (p + 0.1) replaces r: unlikely tokens gain the most
+    weight  on y* f'(p) p A, for f(p) = p / (p + 0.1) replaces r: most at p = 0.1
     mask    unchanged: every token of y* is trained
     Z       unchanged
 
@@ -15,8 +15,8 @@ is HPT (2509.04419). UFT (2505.16984) begins every completion with a part of y*,
 nothing: --uft-steps 100 --hybrids 8 --demo-weight sft --sft-coef 0.001.
 
     python luffy.py                    # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.00
-    python luffy.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
-    # set the lengths for your data, for example --max-new-tokens 8192
+    python luffy.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
+    # set the lengths for your data, for example --max-new-tokens 3000; docs/gpu.md has 7B on a node
 """
 
 import time
@@ -180,25 +180,25 @@ def draw_demonstration(tokenizer, row, step, args):
     ids = tok.encode_response(tokenizer, row["solution"])  # y*, EOS included
     if not args.uft_steps:
         return ids
-    # UFT: each fifth of y* with a probability that falls from 0.95 to 0.05, in the end none
+    # UFT: the first k fifths without EOS, k ~ Binomial(5, p); p falls to 0.05, in the end k = 0
     progress = min(1, step / args.uft_steps)
     p = 0.05 + 0.5 * (1 + cos(pi * progress)) * (0.95 - 0.05)
     fifths = (torch.rand(5) < p).sum().item() if progress < 1 else 0
-    return ids[: int(fifths / 5 * len(ids))]
+    return ids[: int(fifths / 5 * (len(ids) - 1))]
 
 
 def rollout(model, tokenizer, rows, step, args):
-    """G completions of each question with their rewards, the first begins with y*: a list of groups."""
+    """A list of groups: G completions of a question with their rewards. The first begins with y*."""
     rows = [row for row in rows for _ in range(args.group_size)]
     questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    prefixes = [[] for _ in rows]  # the first of each group gets one, or the first few
+    prefixes = [[] for _ in rows]  # the first --hybrids of each group get one
     for i in range(0, len(rows), args.group_size):
         prefix = draw_demonstration(tokenizer, rows[i], step, args)
         prefixes[i : i + args.hybrids] = [prefix] * args.hybrids
-    # the policy continues from here
+    # the policy continues from here, unless y* is whole
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
@@ -270,7 +270,7 @@ def demonstration_weight(advantage, logp, entropy, prefix, inv_z, n, args):
 def hpt_gate(advantage, prefix, rewards, args):
     """HPT: A, 0 on tokens that are left out, and which prefix tokens are imitated, [N, T] each.
 
-    A question whose on-policy completions are hardly ever correct is imitated, others are reinforced.
+    A question whose mean on-policy reward is at most the gate is imitated, others are reinforced.
     """
     reinforced = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
     reinforced |= ~prefix.view(len(rewards), -1).any(1)  # there is nothing to imitate

@@ -6,7 +6,7 @@ its group: demonstrations are imitated where that earns more reward. Against grp
 
     data    G - 1 on-policy completions and one hybrid, L = int(l |y*|), l ~ U[low(step), 0.95];
             low decays by a cosine
-    weight  I_clip r A on both parts of the hybrid; old_logp of the prefix is the current policy's
+    weight  I_clip r A on both parts of the hybrid; r is pi / pi_old on the prefix, too
     mask    of the batch's prefix tokens only the 20 % of highest entropy keep A, others get 0
     Z       unchanged: it counts the tokens whose A is 0, too
 
@@ -14,8 +14,8 @@ its group: demonstrations are imitated where that earns more reward. Against grp
 luffy.py mixes whole demonstrations into the groups instead.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
-    python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
-    # set the lengths for your data, for example --max-new-tokens 4096
+    python prefix_rft.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
+    # set the lengths for your data, for example --max-new-tokens 3000; docs/gpu.md has 7B on a node
 """
 
 import time
@@ -195,13 +195,10 @@ def rollout(model, tokenizer, rows, step, args):
         prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
     # the policy continues from here
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
-    whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
-    spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
+    spent = [len(prefix) for prefix in prefixes]
     continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
-    responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
     logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logp)]
-    logp = [row[: len(y)] for y, row in zip(responses, logp)]
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
@@ -221,7 +218,7 @@ def rollout(model, tokenizer, rows, step, args):
             "reward": correct[i] + penalty,
             "correct": correct[i],
             "truncated": responses[i][-1] not in stops,
-            "prefix_len": min(len(prefixes[i]), len(responses[i])),
+            "prefix_len": len(prefixes[i]),
         }
         completions.append(completion)
     starts = range(0, len(completions), args.group_size)
