@@ -423,7 +423,7 @@ def test_a_demonstration_is_whole():
 
 @pytest.mark.parametrize("step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0), (900, 0)])
 def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
-    """k / 5 of y* without EOS, k ~ Binomial(5, p), where p falls from .95 to .05 by a cosine; then nothing."""
+    """k / 5 of y* without EOS, k ~ Binomial(5, p), p falls from .95 to .05 by a cosine; then nothing."""
     lengths = demonstration_lengths(step, 2000, letters=1000, uft_steps=500)  # and EOS
     fifths = np.bincount(np.array(lengths) // 200, minlength=6)
     assert set(lengths) <= {0, 200, 400, 600, 800, 1000} and fifths.sum() == 2000
