@@ -14,7 +14,7 @@ Related methods have another weight on y*: --demo-weight sft (RL plus an SFT los
 is HPT (2509.04419). UFT (2505.16984) begins every completion with a part of y*, in the end with
 nothing: --uft-steps 100 --hybrids 8 --demo-weight sft --sft-coef 0.001.
 
-    python luffy.py                    # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.00
+    python luffy.py                    # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.53
     python luffy.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
     # set the lengths for your data, for example --max-new-tokens 3000; docs/gpu.md has 7B on a node
 """
