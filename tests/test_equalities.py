@@ -129,6 +129,31 @@ def test_hybrids_of_whole_demonstrations_are_one_demonstration(run, tmp_path, fl
     same_weights(a / "final", b / "final", 1e-9)
 
 
+@pytest.mark.parametrize("how, batches", [("sft", 2), ("chord", 1)])
+def test_a_demonstration_has_the_weight_of_the_current_policy_in_every_update(
+    run, tmp_path, float64, monkeypatch, how, batches
+):
+    """Two updates. On demonstrations r = 1, and c / n times 1 or p (1 - p), with n and p of this update."""
+    script, seen = SCRIPTS["luffy"], []
+    loss = script.policy_loss
+
+    def watched(logp, old_logp, ref_logp, advantage, mask, inv_z, args):
+        # in the second update r = 1 on demonstrations alone
+        own = (mask == 1) & (advantage * inv_z != 0) & (logp == old_logp)
+        p, weight = logp.detach().exp()[own], (advantage * inv_z)[own]
+        seen.append((own.sum().item(), weight / (p * (1 - p)) if how == "chord" else weight))
+        return loss(logp, old_logp, ref_logp, advantage, mask, inv_z, args)
+
+    monkeypatch.setattr(script, "policy_loss", watched)
+    more = ["--minibatches", batches, "--epochs-per-batch", 2 // batches, "--micro-batch-tokens", 10**6]
+    more += ["--demo-weight", how, "--sft-coef", 300, "--lr", 1e-2, "--warmup-steps", 0]
+    run("luffy", tmp_path / "run", "--steps", 1, *more, *QUICK)
+    assert len(seen) == 2
+    n, weight = seen[1]  # of the second update
+    assert n > 20
+    torch.testing.assert_close(weight, torch.full_like(weight, 300 / n), rtol=1e-9, atol=0)
+
+
 def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):
     """The equality above is not trivial: with the defaults the runs differ."""
     a = run("grpo", tmp_path / "grpo", "--steps", 1, *QUICK)
