@@ -77,7 +77,7 @@ RELATIVES = {
         "--demo-weight chord": "c · Z/n · p(1 − p)",
         "--demo-weight srft": "A + c · Z/n · 0.5 e^(−H)",
         "--demo-weight sft --hpt-gate 0": "c · Z/n where no on-policy completion is correct, else 0",
-        "--demo-weight sft --hybrids 4": "c · Z/n in each of four completions",
+        "--demo-weight sft --uft-steps 300 --hybrids 4": "c · Z/n in each of four completions",
     },
 }
 
