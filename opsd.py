@@ -222,7 +222,7 @@ def inverse_z(response_mask, how, budget):
         z = lengths.sum()
     else:  # Dr. GRPO: a constant, so a token's weight does not depend on any length
         z = sequences * budget
-    return 1 / (z + 0 * lengths)  # [B, 1] in all three cases
+    return torch.ones_like(lengths) / z  # [B, 1] in all three cases
 
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):

@@ -6,20 +6,16 @@ its group: demonstrations are imitated where that earns more reward. Against grp
 
     data    G - 1 on-policy completions and one hybrid, L = int(l |y*|), l ~ U[low(step), 0.95];
             low decays by a cosine
-    weight  I_clip r A on both parts of the hybrid; old_logp of the prefix is the current policy's
+    weight  I_clip r A on both parts of the hybrid; r is pi / pi_old on the prefix, too
     mask    of the batch's prefix tokens only the 20 % of highest entropy keep A, others get 0
     Z       unchanged: it counts the tokens whose A is 0, too
 
 --prefix-schedule none is grpo.py, bit by bit; --prefix-loss none gives prefix hints without a loss.
-With whole demonstrations, --prefix-schedule full --prefix-loss all, related methods are --prefix-weight
-luffy (LUFFY, 2504.14945), sft (RL plus an SFT loss), chord (CHORD-phi, 2508.11408), srft (the
-demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0 is HPT (2509.04419). UFT (2505.16984)
-gives every completion a prefix, in the end an empty one: --prefix-schedule binomial --hybrids 8
---prefix-loss all --prefix-weight sft --sft-coef 0.001.
+luffy.py mixes whole demonstrations into the groups instead.
 
     python prefix_rft.py               # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.94
-    python prefix_rft.py --model Qwen/Qwen2.5-Math-7B --data DIR --dtype bf16 --lr 1e-6
-    # set the lengths for your data, for example --max-new-tokens 4096
+    python prefix_rft.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
+    # set the lengths for your data, for example --max-new-tokens 3000; docs/gpu.md has 7B on a node
 """
 
 import time
@@ -96,22 +92,14 @@ def parse_args(argv=None):
     add("--clip", choices=["ppo", "cispo"], default="ppo", help=text)
     text = "weight tokens by pi_old / pi_sampler, at most this, such as 2 (TIS); 0: off"
     add("--tis-cap", type=flags.number(0), default=0.0, help=text)
-    schedules = ["cosine", "uniform", "full", "none", "binomial"]
-    text = "cosine: long ones first, later any length; uniform: any; full: all; binomial: UFT"
-    add("--prefix-schedule", choices=schedules, default="cosine", help=text)
+    text = "cosine: long ones first, later any length; uniform: any length; none: no prefixes"
+    add("--prefix-schedule", choices=["cosine", "uniform", "none"], default="cosine", help=text)
     add("--prefix-decay-steps", type=flags.integer(1), default=100, help="steps of the decay")
     kept = ["keep", "all", "none", "random", "bottom"]
     text = "trained prefix tokens; keep: highest entropy; bottom: lowest; random: any"
     add("--prefix-loss", choices=kept, default="keep", help=text)
     add("--prefix-entropy-keep", type=flags.number(0, 1), default=0.2, help="share of prefix tokens trained")
-    weights = ["ratio", "luffy", "sft", "chord", "srft"]
-    text = "ratio: weight of other tokens; sft: an SFT loss; luffy, chord, srft: these methods"
-    add("--prefix-weight", choices=weights, default="ratio", help=text)
-    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of questions with a prefix")
-    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of sft, chord and srft")
-    add("--hybrids", type=flags.integer(1), default=1, help="prefixed completions per group")
-    gate = "HPT: imitate where the mean on-policy reward is at most this; -1: off"
-    add("--hpt-gate", type=flags.number(-1, 1), default=-1.0, help=gate)
+    add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of demonstrated questions")
     return parser.parse_args(argv)
 
 
@@ -187,16 +175,11 @@ def draw_prefix(tokenizer, row, step, args):
     if args.prefix_schedule == "none" or not (row["demonstrated"] and row["solution"]):
         return []
     ids = tok.encode_response(tokenizer, row["solution"])  # y*, EOS included
-    if args.prefix_schedule == "full":
-        return ids
     progress = 1.0
-    if args.prefix_schedule in ("cosine", "binomial"):
+    if args.prefix_schedule == "cosine":
         progress = min(1, step / args.prefix_decay_steps)
     low = 0.05 + 0.5 * (1 + cos(pi * progress)) * (0.95 - 0.05)  # from 0.95 to 0.05
     ratio = low + torch.rand(1).item() * (0.95 - low)  # l
-    if args.prefix_schedule == "binomial":  # UFT: each fifth of y* with probability low, then none
-        fifths = (torch.rand(5) < low).sum().item() if progress < 1 else 0
-        ratio = fifths / 5
     return ids[: int(ratio * len(ids))]
 
 
@@ -207,19 +190,15 @@ def rollout(model, tokenizer, rows, step, args):
     golds = [row["gold"] for row in rows]
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     stops = tok.stop_ids(tokenizer, model.config)
-    prefixes = [[] for _ in rows]  # the first of each group gets one, or the first few
-    for i in range(0, len(rows), args.group_size):
-        prefix = draw_prefix(tokenizer, rows[i], step, args)
-        prefixes[i : i + args.hybrids] = [prefix] * args.hybrids
+    prefixes = [[] for _ in rows]
+    for i in range(0, len(rows), args.group_size):  # the first of each group
+        prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
     # the policy continues from here
     starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
-    whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
-    spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
+    spent = [len(prefix) for prefix in prefixes]
     continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
-    responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
     logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logp)]
-    logp = [row[: len(y)] for y, row in zip(responses, logp)]
     texts = tok.decode_responses(tokenizer, responses)
     correct = math_reward(texts, golds)  # truncated responses are judged like all others
 
@@ -239,7 +218,7 @@ def rollout(model, tokenizer, rows, step, args):
             "reward": correct[i] + penalty,
             "correct": correct[i],
             "truncated": responses[i][-1] not in stops,
-            "prefix_len": min(len(prefixes[i]), len(responses[i])),
+            "prefix_len": len(prefixes[i]),
         }
         completions.append(completion)
     starts = range(0, len(completions), args.group_size)
@@ -262,22 +241,9 @@ def advantages(rewards, how):
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
-def prefix_weight(advantage, logp, entropy, prefix, mask, args):
-    """What multiplies r on each token, [N, T]: A, and on prefix tokens a weight or 0."""
+def prefix_weight(advantage, entropy, prefix, args):
+    """What multiplies r on each token, [N, T]: A, but 0 on prefix tokens that are not trained."""
     n = int(prefix.sum())  # prefix tokens of the batch
-    p = logp.exp()  # pi of the prefix token
-    lengths = prefix.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    mean_entropy = (entropy * prefix).sum(1, keepdim=True) / lengths  # of each prefix, [N, 1]
-    # an SFT loss is a mean over the n prefix tokens: this undoes 1/Z
-    sft = args.sft_coef / inverse_z(mask, args.loss_norm, args.max_new_tokens) / max(1, n)  # [N, 1]
-    weight = {
-        "ratio": advantage,  # as on other tokens
-        "luffy": advantage * 0.1 * p / (p + 0.1) ** 2,  # f(p) = p / (p + 0.1) replaces r: f'(p) p
-        "sft": sft,
-        "chord": sft * p * (1 - p),  # little for what is certain or out of reach
-        "srft": advantage + sft * 0.5 * (-mean_entropy).exp(),
-    }[args.prefix_weight]
-
     kept = n - int((1 - args.prefix_entropy_keep) * n)  # prefix tokens that are trained
     rank = entropy  # the most uncertain ones
     if args.prefix_loss == "all":
@@ -291,19 +257,7 @@ def prefix_weight(advantage, logp, entropy, prefix, mask, args):
     rank = rank.masked_fill(prefix == 0, -torch.inf)  # [N, T]
     keep = torch.zeros_like(rank).flatten()  # [N T]
     keep[rank.flatten().topk(kept).indices] = 1
-    return torch.where(prefix == 1, weight * keep.view_as(rank), advantage)
-
-
-def hpt_gate(advantage, prefix, rewards, args):
-    """HPT: A, 0 on tokens that are left out, and which prefix tokens are imitated, [N, T] each.
-
-    A question whose on-policy completions are hardly ever correct is imitated, others are reinforced.
-    """
-    reinforced = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
-    reinforced |= ~prefix.view(len(rewards), -1).any(1)  # there is nothing to imitate
-    reinforced = reinforced.repeat_interleave(args.group_size)[:, None]  # [N, 1]
-    kept = torch.where(prefix == 1, ~reinforced, reinforced)
-    return advantage * kept, prefix * ~reinforced
+    return torch.where(prefix == 1, advantage * keep.view_as(rank), advantage)
 
 
 def inverse_z(response_mask, how, budget):
@@ -316,7 +270,7 @@ def inverse_z(response_mask, how, budget):
         z = lengths.sum()
     else:  # Dr. GRPO: a constant, so a token's weight does not depend on any length
         z = sequences * budget
-    return 1 / (z + 0 * lengths)  # [B, 1] in all three cases
+    return torch.ones_like(lengths) / z  # [B, 1] in all three cases
 
 
 def policy_loss(logp, old_logp, ref_logp, advantage, response_mask, inv_z, args):
@@ -425,11 +379,8 @@ def main(args):
                 old_logp, _ = score(model, tokens, mask, args)
             if reference:
                 ref_logp, _ = score(reference, tokens, mask, args)
-            prefix_logp, entropy = score(model, tokens, prefix, args)
-        imitated = prefix
-        if args.hpt_gate >= 0:
-            advantage, imitated = hpt_gate(advantage, prefix, rewards, args)
-        advantage = prefix_weight(advantage, prefix_logp, entropy, imitated, mask, args)
+            _, entropy = score(model, tokens, prefix, args)
+        advantage = prefix_weight(advantage, entropy, prefix, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
         inv_z = torch.zeros(mask.shape, device=model.device)
@@ -488,7 +439,7 @@ def main(args):
             "seconds_sample": sampling_ended - began,
             "seconds_train": time.time() - sampling_ended,
             "sampler_gap": gap.mean(),
-            "reward_hybrid": rewards[:, : args.hybrids].mean(),  # the first of each group
+            "reward_hybrid": rewards[:, 0].mean(),  # the first of each group
             "prefix_frac": prefix.sum() / mask.sum(),
         }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

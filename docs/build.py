@@ -242,27 +242,17 @@ def notes(name):
     return beside
 
 
-def bugs_beside(name):
-    """{line: links to the bugs of the zoo that are a change of this line}, without saying which."""
-    found = {}
-    for number, (bug, entry) in enumerate(markup.words("tests/zoo/bugs.toml").items()):
-        if entry["file"] == f"{name}.py":
-            link = f'<a href="zoo.html#{bug}">{number}</a>'
-            found.setdefault(listing.line_of(name, entry["old"]), []).append(link)
-    return {n: f'<span class="bugs">Zoo: bug {", ".join(links)}.</span>' for n, links in found.items()}
-
-
 def code_page(name):
-    """Code on the left; an equation, a sentence or a bug beside the line that they are about."""
-    sentences, bugs = notes(name), bugs_beside(name)
+    """Code on the left; an equation or a sentence beside the line that they are about."""
+    sentences = notes(name)
     count = len(listing.source(name))
-    starts = sorted({1, *sentences, *bugs})
+    starts = sorted({1, *sentences})
     rows = []
     for first, end in zip(starts, [*starts[1:], count + 1]):
         row = {
             "first": first,
             "code": Markup("".join(listing.line(name, n) for n in range(first, end))),
-            "notes": Markup(sentences.get(first, "") + bugs.get(first, "")),
+            "notes": Markup(sentences.get(first, "")),
         }
         rows.append(row)
     functions = [(f, first) for f, (first, _) in listing.functions(name).items()]

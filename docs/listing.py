@@ -18,6 +18,7 @@ PARENTS = {
     "dpo": "sft",
     "grpo": None,
     "prefix_rft": "grpo",
+    "luffy": "grpo",
     "opsd": "grpo",
     "rlhf_ppo": "grpo",
 }

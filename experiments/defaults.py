@@ -33,6 +33,7 @@ SCRIPTS = {  # script: the method whose colour it has
     "dpo": "dpo",
     "grpo": "grpo",
     "prefix_rft": "prefix_rft",
+    "luffy": "luffy",
     "opsd": "opsd",
 }
 PARTS = 5  # of a run, with an evaluation after each

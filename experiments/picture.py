@@ -27,6 +27,7 @@ FAMILY = {  # script: parent, what it is
     "dpo": ("sft", "pairs"),
     "grpo": (None, "RL from a verifier"),
     "prefix_rft": ("grpo", "demonstration prefixes"),
+    "luffy": ("grpo", "whole demonstrations"),
     "opsd": ("grpo", "a teacher with the solution"),
     "rlhf_ppo": ("grpo", "a reward model and a critic"),
 }
@@ -37,6 +38,7 @@ SHOWN = {  # script: its row where every question is demonstrated, and where onl
     "dpo": ("answers: dpo",) * 2,
     "grpo": ("answers: grpo",) * 2,
     "prefix_rft": ("all: prefix_rft", "easy: prefix_rft"),
+    "luffy": ("all: luffy", "easy: luffy"),
     "opsd": ("all: opsd", "easy: opsd"),
     "rlhf_ppo": (None, None),
 }

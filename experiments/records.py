@@ -24,6 +24,8 @@ METHODS = ("sft", "dft", "eaft", "idft", "hinted", "rft", "dpo", "simpo", "grpo"
 METHODS += ("maxrl", "gspo", "cispo", "dapo", "opsd", "sft, then grpo", "luffy", "rl + sft loss", "chord")
 METHODS += ("srft", "hpt", "uft", "prefix_rft")  # in the order of tables and figures
 GRPO = "answers: grpo"  # needs no demonstrations, so it is a row of every regime
+HYBRIDS = ("prefix_rft", "luffy")  # scripts whose groups have demonstrated completions
+FORMER = "prefix_rft.py --prefix-schedule full --prefix-loss all --prefix-weight luffy"
 CONTRASTS = ("sft", "sft, then grpo", "luffy", "prefix_rft")  # in every regime with demonstrations
 DEMONSTRATED = tuple(regime for regime in REGIMES if regime != "answers")
 ADOPTED = 30  # tokens of the mean response; the base's have 15, demonstrations 50
@@ -144,9 +146,14 @@ def on_policy_reward(record, group):
 # ---- costs -----------------------------------------------------------------------------------------------
 
 
+def renamed(command):
+    """The command line of today: LUFFY was first recorded as a set of flags of prefix_rft.py."""
+    return command.replace(FORMER, "luffy.py")
+
+
 def parsed(command):
     """(script, arguments) of a command line, by the script of today."""
-    script, *flags = command.split()
+    script, *flags = renamed(command).split()
     script = script.removesuffix(".py")
     return script, importlib.import_module(script).parse_args(flags)
 
@@ -181,17 +188,17 @@ def demonstrations(commands):
     A script reads steps x batch rows, a fresh permutation in each epoch. Supervised scripts, and OPSD
     for its teacher, read demonstrated rows only, so they see min(steps x batch, demonstrated questions);
     where questions are repeated, as in the regimes few 64 and few 16, practically all. `--hinted on`
-    counts the demonstrations that it rewrites. Prefix-RFT reads all rows: the expected number of
+    counts the demonstrations that it rewrites. Prefix-RFT and LUFFY read all rows: the expected number of
     demonstrated questions among those. Methods that have only answers or pairs see none.
     """
     expected = 0.0
     for command in commands:
         script, args = parsed(command)
-        if script not in ("sft", "idft_hinted", "opsd", "prefix_rft"):
+        if script not in ("sft", "idft_hinted", "opsd", *HYBRIDS):
             continue
         each, rows = copies(args.split, args.solution_key)
         fraction = 1.0
-        if script == "prefix_rft":
+        if script in HYBRIDS:
             fraction = args.demo_fraction
         else:
             rows = sum(each)

@@ -22,7 +22,7 @@ from experiments.tables import insert, table  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
 NAMED = 6  # rows at most that are named below a table
-SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd")  # with rows
+SCRIPTS = ("sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "luffy", "opsd")  # with rows
 
 
 # ---- cells -----------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def curve(lines):
     """[step, reward, entropy, response length, reward of hybrids or None] of every fifth step of RL."""
     points = []
     for x in lines:
-        if "reward" in x and x["step"] % EVERY == 0:
+        if "reward" in x and "entropy" in x and x["step"] % EVERY == 0:  # not what RFT says of a round
             numbers = [x["reward"], x["entropy"], x["response_len"], x.get("reward_hybrid")]
             points.append([x["step"], *[y if y is None else round(y, 4) for y in numbers]])
     return points

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
-import prefix_rft  # noqa: E402
+import luffy  # noqa: E402
 import sft  # noqa: E402
 from experiments.figures import COLORS, canvas, save, styled  # noqa: E402
 
@@ -46,10 +46,10 @@ def curves(p):
         args = idft_hinted.parse_args(["--weight", weight])
         return lambda logp, entropy: idft_hinted.idft_loss(logp, entropy, mask, 1, 2, args)
 
-    def luffy(logp, entropy):
-        args = prefix_rft.parse_args(["--prefix-weight", "luffy", "--prefix-loss", "all"])
-        A = prefix_rft.prefix_weight(mask.double(), logp.detach(), entropy.detach(), mask, mask, args)
-        return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, mask, 1, args)[0]
+    def shaped(logp, entropy):
+        args, now = luffy.parse_args([]), logp.detach()
+        A = luffy.demonstration_weight(mask.double(), now, entropy.detach(), mask, mask, 1, args)
+        return luffy.policy_loss(logp, now, now, A, mask, 1, args)[0]
 
     def clipped(logp, entropy):
         return grpo.policy_loss(logp, half, half, mask.double(), mask, 1, grpo.parse_args([]))[0]
@@ -61,7 +61,7 @@ def curves(p):
         return dpo.dpo_loss(pairs, initial_logp, torch.ones_like(pairs), 1, args)[0]
 
     losses = {"SFT": lambda logp, entropy: sft.sft_loss(logp, mask, 1), "DFT": idft("dft")}
-    losses |= {"EAFT": idft("eaft"), "IDFT": idft("idft"), "LUFFY": luffy}
+    losses |= {"EAFT": idft("eaft"), "IDFT": idft("idft"), "LUFFY": shaped}
     losses |= {"GRPO, clipped": clipped, "DPO, chosen": chosen}
     return {name: -read(loss, logits, words)[0][:, 0] for name, loss in losses.items()}
 

@@ -19,13 +19,14 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import grpo  # noqa: E402
+import luffy  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
 from common.plumbing import runs as plumbing_runs  # noqa: E402
 
 torch.set_num_threads(1)  # one order of summation: bits can be compared
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"sft": sft, "grpo": grpo, "prefix_rft": prefix_rft}
+SCRIPTS = {"sft": sft, "grpo": grpo, "prefix_rft": prefix_rft, "luffy": luffy}
 
 
 def pytest_unconfigure():
@@ -58,7 +59,7 @@ def small(data):
     def flags(name, out, *more):
         base = f"--output-dir {out} --data {data} --model {ROOT}/tiny/model --steps 4 --save-every 2"
         base += " --batch-size 4 --max-new-tokens 48 --eval-questions 6 --eval-samples 2 --warmup-steps 0"
-        base += " --lr 5e-4" + (" --group-size 4" if name in ("grpo", "prefix_rft") else "")
+        base += " --lr 5e-4" + (" --group-size 4" if name in ("grpo", "prefix_rft", "luffy") else "")
         return [*base.split(), *map(str, more)]
 
     return flags

@@ -88,7 +88,7 @@ def one_run(row, records, phase, option, seed):
     if phase == "tune":
         middle = level_of(row) - 0.1 * abs(row.rates.index(rate) - 1)
         return record | {"primary": round(generator.gauss(middle, 0.02), 4)}
-    is_rl = row.command.startswith(("grpo", "prefix_rft"))
+    is_rl = row.command.startswith(("grpo", "prefix_rft", "luffy"))
     record["curve"] = curve(generator, row) if is_rl else []
     return record | measured(generator, level_of(row), 0.02)
 

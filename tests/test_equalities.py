@@ -30,8 +30,7 @@ QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 DENSE = ["--overlong-tokens", 40]  # rewards differ by length too: few groups have zero variance
 
 
-# RL with an SFT loss on whole demonstrations; with --hpt-gate HPT
-HPT = "--prefix-schedule full --prefix-loss all --prefix-weight sft".split()
+HPT = ["--demo-weight", "sft"]  # RL with an SFT loss; with --hpt-gate HPT
 
 
 def gradients(model):
@@ -64,54 +63,95 @@ def test_prefix_rft_without_prefixes_is_grpo_bit_for_bit(run, tmp_path, flags):
     assert any(x["grad_norm"] > 0 for x in read_jsonl(a / "metrics.jsonl")[1:])  # not 0 = 0
 
 
-def test_prefix_rft_without_demonstrations_is_grpo(run, tmp_path):
+def test_hybrids_without_demonstrations_are_grpo(run, tmp_path):
     """A question without a demonstration has G ordinary completions."""
     a = run("grpo", tmp_path / "grpo", "--steps", 2, *DENSE, *QUICK)
-    b = run("prefix_rft", tmp_path / "prefix_rft", "--steps", 2, "--demo-fraction", 0, *DENSE, *QUICK)
-    same_weights(a / "final", b / "final")
+    for name in ("prefix_rft", "luffy"):
+        b = run(name, tmp_path / name, "--steps", 2, "--demo-fraction", 0, *DENSE, *QUICK)
+        same_weights(a / "final", b / "final")
 
 
 def test_hpt_without_demonstrations_is_grpo(run, tmp_path):
     """A gate of 1 imitates every question that has a demonstration; here none has one."""
     a = run("grpo", tmp_path / "grpo", "--steps", 1, *DENSE, *QUICK)
     flags = [*HPT, "--hpt-gate", 1, "--demo-fraction", 0]
-    b = run("prefix_rft", tmp_path / "hpt", "--steps", 1, *flags, *DENSE, *QUICK)
+    b = run("luffy", tmp_path / "hpt", "--steps", 1, *flags, *DENSE, *QUICK)
     same_weights(a / "final", b / "final")
 
 
 def test_hpt_that_imitates_every_question_is_sft(run, tmp_path, float64):
     """The same questions in the same order, one update on their demonstrations, the same weights."""
     a = run("sft", tmp_path / "sft", "--steps", 1, *QUICK)
-    b = run("prefix_rft", tmp_path / "hpt", "--steps", 1, *HPT, "--hpt-gate", 1, *QUICK)
+    b = run("luffy", tmp_path / "hpt", "--steps", 1, *HPT, "--hpt-gate", 1, *QUICK)
     same_weights(a / "final", b / "final", 1e-9)
-    c = run("prefix_rft", tmp_path / "gate", "--steps", 1, *HPT, "--hpt-gate", 0, *QUICK)
-    d = run("prefix_rft", tmp_path / "none", "--steps", 1, *HPT, *QUICK)
+    c = run("luffy", tmp_path / "gate", "--steps", 1, *HPT, "--hpt-gate", 0, *QUICK)
+    d = run("luffy", tmp_path / "none", "--steps", 1, *HPT, *QUICK)
     for other in (a, d):  # some question is solved, which is reinforced, and not imitated
         with pytest.raises(AssertionError):
             same_weights(other / "final", c / "final", 1e-9)
 
 
-def test_an_sft_loss_with_coefficient_0_is_no_loss_on_the_prefix(run, tmp_path):
-    more = ["--steps", 1, "--prefix-schedule", "uniform", *QUICK]
-    none = run("prefix_rft", tmp_path / "none", "--prefix-loss", "none", *more)
-    flags = ["--prefix-loss", "all", "--prefix-weight", "chord", "--sft-coef", 0]
-    zero = run("prefix_rft", tmp_path / "zero", *flags, *more)
-    same_weights(none / "final", zero / "final")
-    same_metrics(none, zero)
+@pytest.fixture
+def same_prefixes(monkeypatch):
+    """prefix_rft.py continues half of a demonstration, and so does luffy.py."""
+
+    def half(tokenizer, row, *_):
+        ids = tok.encode_response(tokenizer, row["solution"])
+        return ids[: len(ids) // 2]
+
+    monkeypatch.setattr(SCRIPTS["prefix_rft"], "draw_prefix", half)
+    monkeypatch.setattr(SCRIPTS["luffy"], "draw_demonstration", half)
 
 
-def test_srft_with_coefficient_0_is_prefix_rft_with_all_tokens(run, tmp_path):
-    more = ["--steps", 1, "--prefix-loss", "all", *QUICK]
-    a = run("prefix_rft", tmp_path / "ratio", *more)
-    b = run("prefix_rft", tmp_path / "srft", "--prefix-weight", "srft", "--sft-coef", 0, *more)
-    same_weights(a / "final", b / "final")
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("weight, loss", [("chord", "none"), ("srft", "all")])
+def test_relatives_with_coefficient_0_are_prefix_rft(
+    run, tmp_path, float64, same_prefixes, weight, loss, updates
+):
+    """Without its SFT loss CHORD trains no token of a demonstration, and SRFT gives all of them A.
+
+    In the second update prefix_rft.py has a ratio on the prefix that is not 1, and a clip.
+    """
+    more = ["--steps", 1, "--minibatches", updates, *DENSE, *QUICK]
+    a = run("prefix_rft", tmp_path / "a", "--prefix-loss", loss, *more)
+    b = run("luffy", tmp_path / "b", "--demo-weight", weight, "--sft-coef", 0, *more)
+    if loss == "none" or updates == 1:
+        same_weights(a / "final", b / "final", 1e-9)
+    else:
+        with pytest.raises(AssertionError):
+            same_weights(a / "final", b / "final", 1e-9)
 
 
 def test_hybrids_of_whole_demonstrations_are_one_demonstration(run, tmp_path, float64):
     """G copies of a demonstration have A = 0. Their SFT loss is the mean over G times the same tokens."""
     a = run("sft", tmp_path / "sft", "--steps", 1, *QUICK)
-    b = run("prefix_rft", tmp_path / "hybrids", "--steps", 1, *HPT, "--hybrids", 4, *QUICK)
+    b = run("luffy", tmp_path / "hybrids", "--steps", 1, *HPT, "--hybrids", 4, *QUICK)
     same_weights(a / "final", b / "final", 1e-9)
+
+
+@pytest.mark.parametrize("how, batches", [("sft", 2), ("chord", 1)])
+def test_a_demonstration_has_the_weight_of_the_current_policy_in_every_update(
+    run, tmp_path, float64, monkeypatch, how, batches
+):
+    """Two updates. On demonstrations r = 1, and c / n times 1 or p (1 - p), with n and p of this update."""
+    script, seen = SCRIPTS["luffy"], []
+    loss = script.policy_loss
+
+    def watched(logp, old_logp, ref_logp, advantage, mask, inv_z, args):
+        # in the second update r = 1 on demonstrations alone
+        own = (mask == 1) & (advantage * inv_z != 0) & (logp == old_logp)
+        p, weight = logp.detach().exp()[own], (advantage * inv_z)[own]
+        seen.append((own.sum().item(), weight / (p * (1 - p)) if how == "chord" else weight))
+        return loss(logp, old_logp, ref_logp, advantage, mask, inv_z, args)
+
+    monkeypatch.setattr(script, "policy_loss", watched)
+    more = ["--minibatches", batches, "--epochs-per-batch", 2 // batches, "--micro-batch-tokens", 10**6]
+    more += ["--demo-weight", how, "--sft-coef", 300, "--lr", 1e-2, "--warmup-steps", 0]
+    run("luffy", tmp_path / "run", "--steps", 1, *more, *QUICK)
+    assert len(seen) == 2
+    n, weight = seen[1]  # of the second update
+    assert n > 20
+    torch.testing.assert_close(weight, torch.full_like(weight, 300 / n), rtol=1e-9, atol=0)
 
 
 def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):
@@ -256,7 +296,7 @@ def test_importance_weights_make_the_gradient_on_policy(run, tmp_path, float64, 
     assert y["sampler_gap"] < 1e-9
 
 
-@pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
+@pytest.mark.parametrize("name", ["grpo", "prefix_rft", "luffy"])
 def test_a_sampler_that_is_the_policy_needs_no_weights_bit_for_bit(run, tmp_path, monkeypatch, name):
     """Where log pi_sampler is what the scoring pass gives, --tis-cap changes no bit."""
     script = SCRIPTS[name]
@@ -289,7 +329,9 @@ SPLITS = {
     "grpo, token": ["grpo", "--loss-norm", "token"],
     "grpo, constant": ["grpo", "--loss-norm", "constant"],
     "grpo, two updates": ["grpo", "--minibatches", "2", "--kl-coef", "0.1"],
-    "prefix_rft": ["prefix_rft", "--prefix-weight", "luffy"],
+    "prefix_rft": ["prefix_rft"],
+    "luffy": ["luffy"],
+    "luffy, an SFT loss, two updates": ["luffy", "--demo-weight", "srft", "--minibatches", "2"],
 }
 
 

@@ -50,7 +50,7 @@ def test_blank_siblings_do_not_matter(script, verdicts):
 
 def test_no_sibling_gives_a_solution_away():
     files = dict(exercise.workshop_files("grpo", exercise.EXERCISES["grpo"]))
-    assert files.keys() == {"grpo.py", "prefix_rft.py", "opsd.py", "rlhf_ppo.py"}
+    assert files.keys() == {"grpo.py", "prefix_rft.py", "luffy.py", "opsd.py", "rlhf_ppo.py"}
     assert "surrogate = " not in files["prefix_rft.py"] and "def draw_prefix" in files["prefix_rft.py"]
 
 

@@ -36,6 +36,7 @@ MORE = {  # beside BASE: a run of about a second with every stage in it
     "dpo": "--k 4 --pair-questions 6",
     "grpo": "--group-size 3 --kl-coef 0.1",
     "prefix_rft": "--group-size 3 --kl-coef 0.1 --minibatches 2",
+    "luffy": "--group-size 3 --kl-coef 0.1 --minibatches 2",
     "opsd": "--group-size 3 --kl-coef 0.1 --minibatches 2",
     "rlhf_ppo": "--group-size 3 --preference-questions 8",
 }
@@ -285,6 +286,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_third_ends_the_run(
     # groups of 8: some group of each step has to have a gradient
     more += {
         "prefix_rft": ("--minibatches", 1, "--group-size", 8),
+        "luffy": ("--minibatches", 1, "--group-size", 8),
         "opsd": ("--minibatches", 1),
         "rlhf_ppo": ("--epochs-per-batch", 1),
     }.get(name, ())
@@ -373,7 +375,8 @@ def test_too_little_space_is_reported_before_anything_is_moved(arguments, tmp_pa
 
 # ---- bad input -------------------------------------------------------------------------------------------
 
-DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft", "opsd")
+GROUPS = ("grpo", "prefix_rft", "luffy")  # they compare completions of one question
+DEMONSTRATIONS = ("sft", "idft_hinted", "prefix_rft", "luffy", "opsd")
 NO_COLUMN = "the data has no such column, only question, answer"
 NO_TEXT = "--question-key question is empty or not a string"
 BAD = {  # flags: what the sentence says, and in which scripts
@@ -406,11 +409,11 @@ BAD = {  # flags: what the sentence says, and in which scripts
         DEMONSTRATIONS,
     ),
     "--data {number_demo} --eval-data {data}": ("row 0: --solution-key solution", DEMONSTRATIONS),
-    "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", "grpo", "prefix_rft", "opsd")),
+    "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", *GROUPS, "opsd")),
     "--eval-data {golds}": ("not one gold answer parses", [name for name in MORE if name != "rlhf_ppo"]),
     "--data {long} --eval-data {data}": "long.jsonl, train, row 1: ",
     "--eval-data {long}": "exceed the model's 2048 positions; lower --max-new-tokens",
-    "--max-new-tokens 2040": ("train, row 0: ", ("sft", "grpo", "prefix_rft", "opsd", "rlhf_ppo")),
+    "--max-new-tokens 2040": ("train, row 0: ", ("sft", *GROUPS, "opsd", "rlhf_ppo")),
     "--data {long_demo} --eval-data {data} --max-demo-tokens 2048": ("row 1: ", ("sft", "idft_hinted")),
     "--prompt-template Solve": "--prompt-template: the model would not see the question",
     "--temperature 0": "--temperature 0: must be at least 0.001",
@@ -418,25 +421,20 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--lr inf": "--lr inf: must be a finite number",
     "--minibatches 7": (
         "--minibatches 7: a step has only 6 completions",
-        ("grpo", "prefix_rft", "opsd", "rlhf_ppo"),
+        (*GROUPS, "opsd", "rlhf_ppo"),
     ),
-    "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", ("grpo", "prefix_rft")),
+    "--overlong-tokens 21": ("--overlong-tokens 21: must be at most", GROUPS),
     "--advantage maxrl --overlong-tokens 5": (
         "--advantage maxrl: it divides by the mean reward, which --overlong-tokens can make 0",
-        ("grpo", "prefix_rft"),
+        GROUPS,
     ),
-    "--prefix-weight chord --minibatches 2": (
-        "--prefix-weight chord: its weight belongs to the policy before the update, but a step has 2 updates",
-        ("prefix_rft",),
-    ),
-    "--prefix-weight luffy --epochs-per-batch 3": ("but a step has 6 updates", ("prefix_rft",)),
-    "--hybrids 4": ("--hybrids 4: must be at most 3: a group has 3 completions.", ("prefix_rft",)),
+    "--hybrids 4": ("--hybrids 4: must be at most 3: a group has 3 completions.", ("luffy",)),
     "--hybrids 3 --hpt-gate 0": (
         "--hybrids 3: must be at most 2: a group has 3 completions, and --hpt-gate judges one",
-        ("prefix_rft",),
+        ("luffy",),
     ),
-    "--ratio response": ("--ratio response: must be one of token, sequence", ("grpo", "prefix_rft")),
-    "--tis-cap -1": ("--tis-cap -1: must be at least 0", ("grpo", "prefix_rft")),
+    "--ratio response": ("--ratio response: must be one of token, sequence", GROUPS),
+    "--tis-cap -1": ("--tis-cap -1: must be at least 0", GROUPS),
     "--max-demo-tokens 19": (
         "--max-demo-tokens 19: less than --max-new-tokens",
         ("rft_rejection", "dpo"),
@@ -533,7 +531,7 @@ def test_bad_input_gets_one_sentence(name, arguments, files, earlier, capsys):
             assert tree(earlier.parent) == before, given
 
 
-@pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
+@pytest.mark.parametrize("name", GROUPS)
 def test_gspo_with_another_normaliser_is_reported(name, capsys):
     """It runs, but is not GSPO: long responses weigh more. Said once, and only then."""
     for norm, said in (("sequence", 0), ("token", 1), ("constant", 1)):
@@ -579,6 +577,7 @@ BOUNDS = {  # flag: the last values that are accepted, as text; None: none that 
     "demo_fraction": ("0", "1"),
     "hybrids": ("1", None),
     "hpt_gate": ("-1", "1"),
+    "uft_steps": ("0", None),
     "lam": ("0", "1"),
     "no_eos_score": ("-1e9", None),
     ("opsd", "group_size"): ("1", None),  # no group is compared

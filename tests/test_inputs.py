@@ -24,6 +24,7 @@ import common.tokenization as tok
 import dpo
 import grpo
 import idft_hinted
+import luffy
 import opsd
 import prefix_rft
 import rft_rejection
@@ -48,7 +49,7 @@ from common.verifier import math_reward
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny/model"
-SCRIPTS = (sft, rft_rejection, idft_hinted, dpo, grpo, prefix_rft, opsd, rlhf_ppo)
+SCRIPTS = (sft, rft_rejection, idft_hinted, dpo, grpo, prefix_rft, luffy, opsd, rlhf_ppo)
 
 
 def rows(n=24):
@@ -518,17 +519,21 @@ def test_rows_without_a_demonstration_are_counted_and_left_out(script, load, cap
     assert "no demonstration" not in capsys.readouterr().out
 
 
-def test_prefix_rft_samples_rows_without_a_demonstration_like_any_other(load, capsys):
-    train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", script=prefix_rft)
-    said = "13 of 24 training rows have no demonstration (--solution-key solution): they are sampled without"
+@pytest.mark.parametrize("script, draw", [(prefix_rft, "draw_prefix"), (luffy, "draw_demonstration")])
+def test_rows_without_a_demonstration_are_sampled_like_any_other(script, draw, load, capsys):
+    train, _ = load(partly_demonstrated(), "--eval-data", "tiny/data", script=script)
+    said = "13 of 24 training rows have no demonstration (--solution-key solution): all their completions are"
     assert said in capsys.readouterr().out
     assert train["question"][:] == [row["question"] for row in rows()]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    args = prefix_rft.parse_args(["--prefix-schedule", "full"])
-    prefixes = [prefix_rft.draw_prefix(tokenizer, row | {"demonstrated": True}, 1, args) for row in train]
-    assert [len(ids) > 0 for ids in prefixes] == [False] + [True] * 11 + [False] * 12
+    args = script.parse_args([])
+    drawn = [getattr(script, draw)(tokenizer, row | {"demonstrated": True}, 1, args) for row in train]
+    assert [len(ids) > 0 for ids in drawn] == [False] + [True] * 11 + [False] * 12
+
+
+def test_prefix_rft_without_prefixes_needs_no_demonstration(load, capsys):
     load(partly_demonstrated(), "--eval-data", "tiny/data", "--prefix-schedule", "none", script=prefix_rft)
-    assert "no demonstration" not in capsys.readouterr().out  # then none is needed
+    assert "no demonstration" not in capsys.readouterr().out
 
 
 def test_the_held_out_tenth_is_the_same_whether_questions_are_demonstrated_or_not(load):
@@ -562,10 +567,10 @@ def test_demonstrations_beyond_the_budget_are_counted_and_not_unlearnt(load, cap
     ]
     train, _ = load(lines, "--max-new-tokens", 100, script=prefix_rft)
     assert "demonstrations (" in (printed := capsys.readouterr().out)
-    assert "exceed --max-new-tokens 100: they are left out of prefix sampling" in printed
+    assert "exceed --max-new-tokens 100: their questions have on-policy completions only" in printed
     kept = [text for text in train["solution"] if text]
     assert 0 < len(kept) < len(train) and all(text.startswith("Step") for text in kept)
-    args = prefix_rft.parse_args(["--prefix-schedule", "full"])
+    args = prefix_rft.parse_args([])
     row = train[train["solution"][:].index(None)] | {"demonstrated": True}
     assert prefix_rft.draw_prefix(None, row, 1, args) == []
     load(lines, "--max-demo-tokens", 64)

@@ -10,14 +10,15 @@ from conftest import SCRIPTS
 
 import common.tokenization as tok
 import grpo
+import luffy
 import prefix_rft
 import sft
 from experiments import trl_values
 
 
 def settings(**changed):
-    """The defaults of prefix_rft.py, which has all of them; some changed."""
-    return SimpleNamespace(**vars(prefix_rft.parse_args([])) | changed)
+    """The defaults of prefix_rft.py and luffy.py, which have all of them; some changed."""
+    return SimpleNamespace(**vars(luffy.parse_args([])) | vars(prefix_rft.parse_args([])) | changed)
 
 
 def close(got, want, tolerance=1e-6):
@@ -243,7 +244,7 @@ def test_gspo_has_the_gradient_of_its_sequence_form(low, high, seed):
 
 
 def test_gspo_leaves_each_token_its_own_advantage():
-    """In prefix_rft.py advantages differ within a response: one ratio, but as many weights as tokens."""
+    """Where advantages differ within a response, there is one ratio, but as many weights as tokens."""
     logp, old, ref, _, mask = random_batch(1)
     A = torch.randn(logp.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     logp.requires_grad_()
@@ -407,15 +408,23 @@ def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low):
 
 def test_other_prefix_schedules():
     assert min(prefix_lengths(1, prefix_schedule="uniform")) < 80 and max(prefix_lengths(1)) <= 950
-    assert set(prefix_lengths(1, 3, prefix_schedule="full")) == {1000}  # the whole demonstration with EOS
     assert set(prefix_lengths(1, 3, prefix_schedule="none")) == {0}
+
+
+def demonstration_lengths(step, n, letters=999, **changed):
+    args, row = settings(**changed), {"solution": "x" * letters, "demonstrated": True}
+    torch.manual_seed(0)
+    return [len(luffy.draw_demonstration(Letters(), row, step, args)) for _ in range(n)]
+
+
+def test_a_demonstration_is_whole():
+    assert demonstration_lengths(1, 3) == [1000] * 3  # with EOS
 
 
 @pytest.mark.parametrize("step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0), (900, 0)])
 def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
-    """l = k / 5, k ~ Binomial(5, p), where p is the lower bound of the cosine schedule; then no prefix."""
-    changed = {"prefix_schedule": "binomial", "prefix_decay_steps": 500}
-    lengths = prefix_lengths(step, 2000, **changed)
+    """k / 5 of y* without EOS, k ~ Binomial(5, p), p falls from .95 to .05 by a cosine; then nothing."""
+    lengths = demonstration_lengths(step, 2000, letters=1000, uft_steps=500)  # and EOS
     fifths = np.bincount(np.array(lengths) // 200, minlength=6)
     assert set(lengths) <= {0, 200, 400, 600, 800, 1000} and fifths.sum() == 2000
     for k, seen in enumerate(fifths / 2000):
@@ -423,13 +432,14 @@ def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
         assert abs(seen - expected) < 0.045, (k, seen, expected)  # four standard deviations at most
 
 
-def test_a_prefix_is_the_beginning_of_the_ids():
+@pytest.mark.parametrize("draw", [prefix_rft.draw_prefix, luffy.draw_demonstration])
+def test_a_prefix_is_the_beginning_of_the_ids(draw):
     torch.manual_seed(0)
     row = {"solution": "abcdefghij", "demonstrated": True}
-    ids = prefix_rft.draw_prefix(Letters(), row, 1, settings())
+    ids = draw(Letters(), row, 1, settings(uft_steps=2))
     assert 0 < len(ids) < 11 and ids == [ord(c) for c in "abcdefghij"][: len(ids)]
     for missing in ({"solution": "abc", "demonstrated": False}, {"solution": "", "demonstrated": True}):
-        assert prefix_rft.draw_prefix(Letters(), missing, 1, settings()) == []
+        assert draw(Letters(), missing, 1, settings()) == []
 
 
 def kept_tokens(n, loss="keep", share=0.2, seed=0):
@@ -440,7 +450,7 @@ def kept_tokens(n, loss="keep", share=0.2, seed=0):
     entropy, A = torch.rand(2, 60, generator=g), torch.full((2, 60), 2.0)
     entropy[prefix == 0] = 9  # on-policy tokens are never candidates
     args = settings(prefix_loss=loss, prefix_entropy_keep=share)
-    out = prefix_rft.prefix_weight(A, -entropy, entropy, prefix, torch.ones(2, 60), args)
+    out = prefix_rft.prefix_weight(A, entropy, prefix, args)
     assert (out[prefix == 0] == 2).all()  # on-policy tokens keep their A
     assert set(out[prefix == 1].tolist()) <= {0.0, 2.0}
     return out[prefix == 1] == 2, entropy[prefix == 1]
@@ -465,11 +475,13 @@ def test_other_choices_of_prefix_tokens():
     assert 0.1 < often.min() and often.max() < 0.31
 
 
-@pytest.mark.parametrize("how, weight", [("ratio", 2.0), ("luffy", 2 * 0.1875)])
-def test_prefix_weight_at_p_0_3(how, weight):
+# ---- LUFFY and its relatives: the weight of demonstration tokens -----------------------------------------
+
+
+def test_weight_of_luffy_at_p_0_3():
     A, logp, prefix = torch.full((1, 2), 2.0), torch.full((1, 2), log(0.3)), torch.tensor([[1, 0]])
-    args = settings(prefix_weight=how, prefix_loss="all")
-    close(prefix_rft.prefix_weight(A, logp, -logp, prefix, torch.ones(1, 2), args), [[weight, 2.0]])
+    weight = luffy.demonstration_weight(A, logp, -logp, prefix, torch.ones(1, 2), 1, settings())
+    close(weight, [[2 * 0.1875, 2.0]])
 
 
 # two questions of three completions; the first of each continues a demonstration
@@ -479,8 +491,8 @@ HYBRID_PREFIX = HYBRID_MASK * torch.tensor([[1, 1, 1, 0], [0] * 4, [0] * 4, [1, 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("how", ["sft", "chord", "srft"])
-def test_losses_of_relatives_on_the_prefix(how, norm):
-    """weight / Z of each prefix token, in plain loops: a mean over the prefix tokens of the batch, times c.
+def test_losses_of_relatives_on_the_demonstration(how, norm):
+    """weight / Z of each demonstration token, in plain loops: a mean over those of the batch, times c.
 
     SFT: c / n. CHORD: c / n p (1 - p). SRFT: c / n 0.5 exp(-H) + A / Z, H the mean of one demonstration.
     """
@@ -488,10 +500,10 @@ def test_losses_of_relatives_on_the_prefix(how, norm):
     logp = -3 * torch.rand(6, 4, generator=g)
     entropy = 2 * torch.rand(6, 4, generator=g)  # also outside the prefix, where it must not count
     A = torch.randn(6, 1, generator=g).expand(6, 4)
-    args = settings(prefix_weight=how, prefix_loss="all", sft_coef=0.3, loss_norm=norm)
-    weight = prefix_rft.prefix_weight(A, logp, entropy, HYBRID_PREFIX, HYBRID_MASK, args)
-    inv_z = prefix_rft.inverse_z(HYBRID_MASK, norm, args.max_new_tokens)
+    args = settings(demo_weight=how, sft_coef=0.3, loss_norm=norm)
+    inv_z = luffy.inverse_z(HYBRID_MASK, norm, args.max_new_tokens)
     n = 7
+    weight = luffy.demonstration_weight(A, logp, entropy, HYBRID_PREFIX, inv_z, n, args)
     for i in range(6):
         on = [t for t in range(4) if HYBRID_PREFIX[i, t]]
         for t in range(4):
@@ -516,7 +528,7 @@ def test_losses_of_relatives_on_the_prefix(how, norm):
 def test_hpt_imitates_what_is_not_solved_and_reinforces_the_rest(rewards, gate, imitated):
     A = torch.arange(1.0, 7)[:, None] * HYBRID_MASK
     args = settings(hpt_gate=gate, group_size=3)
-    kept, prefix = prefix_rft.hpt_gate(A, HYBRID_PREFIX, torch.tensor(rewards).float(), args)
+    kept, prefix = luffy.hpt_gate(A, HYBRID_PREFIX, torch.tensor(rewards).float(), args)
     for i in range(6):
         for t in range(4):
             demonstration = HYBRID_PREFIX[i, t] == 1
@@ -528,19 +540,18 @@ def test_hpt_reinforces_what_has_no_demonstration():
     """There is nothing to imitate, and the first completion is one of the policy like the others."""
     A, nothing = torch.ones(6, 4), torch.zeros_like(HYBRID_PREFIX)
     args = settings(hpt_gate=0.5, group_size=3)
-    kept, prefix = prefix_rft.hpt_gate(A, nothing, torch.tensor([[1.0, 0, 0]] * 2), args)
+    kept, prefix = luffy.hpt_gate(A, nothing, torch.tensor([[1.0, 0, 0]] * 2), args)
     assert (kept == 1).all() and (prefix == 0).all()
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_an_sft_loss_on_prefixes_is_a_mean_for_every_z(norm):
-    """weight / Z is 1 / n on each of the n prefix tokens, as in sft.py; other tokens keep their A."""
+    """weight / Z is 1 / n on each of the n demonstration tokens, as in sft.py; others keep their A."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(prefix_weight="sft", prefix_loss="all")
-    args.loss_norm = norm
+    prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(demo_weight="sft")
     A, logp = torch.full((3, 4), 0.25), torch.full((3, 4), -0.5)
-    weight = prefix_rft.prefix_weight(A, logp, -logp, prefix, mask, args)
-    inv_z = prefix_rft.inverse_z(mask, norm, args.max_new_tokens)
+    inv_z = luffy.inverse_z(mask, norm, args.max_new_tokens)
+    weight = luffy.demonstration_weight(A, logp, -logp, prefix, inv_z, 6, args)
     close((weight * inv_z)[prefix == 1], [1 / 6] * 6)
     assert (weight[prefix == 0] == 0.25).all()
 
@@ -557,7 +568,7 @@ def test_a_group_of_correct_answers_has_zero_variance_whatever_their_lengths(tin
     assert grpo.zero_variance_groups([group]) == [0]
 
 
-@pytest.mark.parametrize("name", ["grpo", "prefix_rft"])
+@pytest.mark.parametrize("name", ["grpo", "prefix_rft", "luffy"])
 def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, monkeypatch):
     """Verdicts decide, not rewards: two such groups differ in reward, the third has equal rewards."""
     script, asked = SCRIPTS[name], []
@@ -582,22 +593,21 @@ def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, m
 # ---- the soft penalty on long responses ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [grpo, prefix_rft])
+@pytest.mark.parametrize("script", [grpo, prefix_rft, luffy])
 def test_soft_overlong_penalty(script, monkeypatch):
     """Budget 100, of which the last 20 are penalised: lengths 80, 90, 95, 100 cost 0, .25, .375, .5.
 
     DAPO's rewards are 1 and -1, twice as far apart as ours, and so is its penalty.
     """
     lengths, args = [80, 90, 95, 100], settings(max_new_tokens=100, overlong_tokens=20, group_size=4)
-    args.prefix_schedule = "none"
     responses = [[7] * n for n in lengths]
     monkeypatch.setattr(script, "sample", lambda *_: (responses, responses))
     monkeypatch.setattr(script, "math_reward", lambda texts, golds: [1.0, 1.0, 0.0, 1.0])
     known = {"stop_ids": [0], "encode_prompts": [[1]] * 4, "decode_responses": ["text"] * 4}
     for name, value in known.items():
         monkeypatch.setattr(script.tok, name, lambda *_, v=value: v)
-    model, row = SimpleNamespace(config=None), {"question": "q", "gold": "1"}
-    more = (1,) if script is prefix_rft else ()
+    model, row = SimpleNamespace(config=None), {"question": "q", "gold": "1", "demonstrated": False}
+    more = () if script is grpo else (1,)
     [group] = script.rollout(model, None, [row], *more, args)
     close([c["reward"] for c in group], [1, 0.75, -0.375, 0.5])
 
@@ -605,18 +615,18 @@ def test_soft_overlong_penalty(script, monkeypatch):
 # ---- groups ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [grpo, prefix_rft])
+@pytest.mark.parametrize("script", [grpo, prefix_rft, luffy])
 def test_a_group_is_of_one_question(script, monkeypatch):
     """Three questions with four completions each: prompt, gold and question of a group belong together."""
-    args = settings(group_size=4, prefix_schedule="none")
-    rows = [{"question": f"{i}?", "gold": str(i)} for i in range(3)]
+    args = settings(group_size=4)
+    rows = [{"question": f"{i}?", "gold": str(i), "demonstrated": False} for i in range(3)]
     monkeypatch.setattr(script, "sample", lambda model, tokenizer, prompts, *_: (prompts, prompts))
     monkeypatch.setattr(script.tok, "stop_ids", lambda *_: [99])
     monkeypatch.setattr(script.tok, "encode_prompts", lambda _, texts, *__: [[int(x[0])] for x in texts])
     monkeypatch.setattr(
         script.tok, "decode_responses", lambda _, responses: [f"#### {y[0]}" for y in responses]
     )
-    groups = script.rollout(SimpleNamespace(config=None), None, rows, *([1] * (script is prefix_rft)), args)
+    groups = script.rollout(SimpleNamespace(config=None), None, rows, *([1] * (script is not grpo)), args)
     assert [[c["question"] for c in group] for group in groups] == [[f"{i}?"] * 4 for i in range(3)]
     assert [[c["response"] for c in group] for group in groups] == [[[i]] * 4 for i in range(3)]
     assert all(c["reward"] == 1 for group in groups for c in group)

@@ -390,8 +390,8 @@ def test_a_prefix_is_a_part_of_the_budget(pad_is_eos, run, tmp_path):
     folder = shutil.copytree(pad_is_eos, tmp_path / "model")
     gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
     more = ["--model", folder, "--max-new-tokens", 85, "--eval-samples", 1, "--steps", 2]
-    for schedule in ("cosine", "full"):
-        out = run("prefix_rft", tmp_path / schedule, *more, "--prefix-schedule", schedule)
+    for name in ("prefix_rft", "luffy"):
+        out = run(name, tmp_path / name, *more)
         lines = read_jsonl(out / "metrics.jsonl")[1:]
         assert all(0 < line["prefix_frac"] < 1 for line in lines)
         assert all(line["response_len"] <= 85 for line in lines)

@@ -11,7 +11,7 @@ from experiments import real_cells, real_report, records, report
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "opsd", "rlhf_ppo"]
+SCRIPTS = ["sft", "rft_rejection", "idft_hinted", "dpo", "grpo", "prefix_rft", "luffy", "opsd", "rlhf_ppo"]
 RESULTS = ROOT / "experiments/results"
 
 
@@ -105,12 +105,30 @@ def test_numbers_of_the_scope_are_measured():
     assert f"{time:.2f} × the time and {memory:.3f} × the memory" in text
 
 
+def test_numbers_of_the_findings_are_measured():
+    """Those without an interval."""
+    text = " ".join(README.read_text().split())
+    found = records.read()
+
+    def of(key, name, regime="answers"):
+        values = records.numbers(found, key, name, regime)
+        return f"{sum(values) / len(values):.3f}"
+
+    easy = of("base", "primary", "easy")
+    assert f"the base has {of('base', 'primary')}, and {easy} on levels 4 to 6" in text
+    gains = [f"{of('base', name)} to {of('answers: grpo', name)}" for name in ("greedy", "pass@8")]
+    assert f"greedy accuracy from {gains[0]} and pass@8 from {gains[1]}." in text
+    longer = [float(of(key, "harder")) for key in {x["row"] for x in found if x["phase"] == "final"}]
+    assert "with seven or eight steps no method solves a tenth" in text and max(longer) < 0.1
+
+
 def test_no_other_number_of_the_readme_is_a_measurement():
     """What is left when code, links, tables of tested numbers and the tested phrases are gone."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$", "", README.read_text(), flags=re.S)
     text = re.sub(r"^\| \[?`.*$", "", text, flags=re.M)  # test_table.py, test_experiments.py
     text = re.sub(r"`[^`]+`|\]\([^)]*\)", "", text)
     text = re.sub(r"[+−]?[\d.]+ \[[^\]]+, [^\]]+\]", "", text)  # test_intervals_of_a_page_are_measured
+    text = re.sub(r"0\.\d{3}", "", text)  # test_numbers_of_the_findings_are_measured
     text = re.sub(
         r"^\| measured on an H100.*$", "", text, flags=re.M
     )  # test_numbers_of_the_scope_are_measured
@@ -127,6 +145,9 @@ def test_no_other_number_of_the_readme_is_a_measurement():
         "7",  # coins of Ann
         "0.6",  # a temperature
         "8",  # of pass@8
+        "4",
+        "6",  # levels
+        "3",  # the last demonstrated level
         "20",  # percent of a prefix that are trained
         "320",  # questions of experiments/real.py
         "32",

@@ -31,7 +31,8 @@ FLAGS = {
     "dpo": "--k 4 --pair-questions 8 --micro-batch-tokens 200",
     # no minibatches: one without advantages has the gradient of a KL of 0, which Adam makes of rounding alone
     "grpo": "--group-size 4 --epochs-per-batch 2 --kl-coef 0.1 --micro-batch-tokens 300",
-    "prefix_rft": "--group-size 3 --prefix-weight luffy --loss-norm token --gradient-checkpointing",
+    "prefix_rft": "--group-size 3 --loss-norm token --gradient-checkpointing",
+    "luffy": "--group-size 3 --loss-norm token --minibatches 2 --micro-batch-tokens 300",
     "opsd": "--group-size 2 --kl-coef 0.1 --micro-batch-tokens 300",
     "rlhf_ppo": "--preference-questions 16 --reward-epochs 1 --kl-coef 0.3 --micro-batch-tokens 200",
     "sft-less_rows_than_ranks": "--batch-size 1",

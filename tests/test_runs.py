@@ -18,7 +18,7 @@ import sft
 from common.plumbing import data as plumbing_data
 
 QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
-GROUPS = ["grpo", "prefix_rft"]
+GROUPS = ["grpo", "prefix_rft", "luffy"]
 
 
 # ---- what a run leaves -----------------------------------------------------------------------------------
@@ -227,27 +227,41 @@ def test_flags_of_grpo(flags, run, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--prefix-schedule full --prefix-loss all --prefix-weight luffy --clip-high 0.3",
-        "--prefix-schedule uniform --prefix-loss random --prefix-weight sft",
+        "--prefix-schedule uniform --prefix-loss random --ratio sequence --loss-norm sequence",
         "--prefix-loss none --demo-fraction 0.5 --dynamic-sampling 1 --kl-coef 0.1",
         "--prefix-loss bottom --prefix-entropy-keep 0.5 --epochs-per-batch 2 --max-new-tokens 48",
-        "--prefix-schedule uniform --hybrids 4 --prefix-loss all --prefix-weight sft --sft-coef 0.001",
-        "--prefix-schedule binomial --prefix-decay-steps 4",
-        "--prefix-schedule full --prefix-loss all --prefix-weight sft --hpt-gate 0 --advantage maxrl",
-        "--prefix-schedule full --prefix-loss all --prefix-weight srft --clip cispo --tis-cap 2 --kl-coef 1",
-        "--prefix-weight chord --ratio sequence --loss-norm sequence --hybrids 2 --demo-fraction 0.5",
     ],
 )
 def test_flags_of_prefix_rft(flags, run, tmp_path):
     """Variants of the method; questions without a demonstration."""
-    out = run("prefix_rft", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK)
+    check_hybrids(run("prefix_rft", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--clip-high 0.3 --epochs-per-batch 2 --minibatches 2",
+        "--hybrids 4 --demo-weight sft --sft-coef 0.001 --uft-steps 4",
+        "--demo-weight sft --hpt-gate 0 --advantage maxrl --minibatches 2",
+        "--demo-weight srft --clip cispo --tis-cap 2 --kl-coef 1 --dynamic-sampling 1",
+        "--demo-weight chord --ratio sequence --loss-norm sequence --hybrids 2 --demo-fraction 0.5",
+    ],
+)
+def test_flags_of_luffy(flags, run, tmp_path):
+    """Its relatives, with and without several updates."""
+    out = run("luffy", tmp_path / "run", "--steps", 2, *flags.split(), *QUICK)
+    check_hybrids(out)
+    if "--hybrids 4" in flags:  # of groups of 4
+        assert all(line["reward_hybrid"] == line["reward"] for line in read_jsonl(out / "metrics.jsonl")[1:])
+
+
+def check_hybrids(out):
+    """Some completions begin with a demonstration, and nothing is NaN."""
     lines = read_jsonl(out / "metrics.jsonl")[1:]
     for line in lines:
         assert all(v == v for v in line.values()), line
         assert line["tokens_generated"] >= 0 and 0 <= line["prefix_frac"] <= 1
         assert 0 <= line["sampler_gap"] < 1e-4
-        if "--hybrids 4" in flags:  # of groups of 4
-            assert line["reward_hybrid"] == line["reward"]
     assert any(line["prefix_frac"] > 0 for line in lines)
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 import common.tokenization as tok
 import grpo
+import luffy
 import prefix_rft
 from common.plumbing import decoding, models
 
@@ -91,7 +92,7 @@ def rolled_out(script, tiny, *flags):
     solution = "Let me work step by step. Step 1: 3 * 2 = 6. So the answer is \\boxed{6}"
     rows = [{"question": q, "gold": "6", "solution": solution, "demonstrated": True} for q in QUESTIONS[:4]]
     torch.manual_seed(0)
-    groups = script.rollout(*tiny, rows, *([1] * (script is prefix_rft)), args)
+    groups = script.rollout(*tiny, rows, *([1] * (script is not grpo)), args)
     return [completion for group in groups for completion in group], args
 
 
@@ -100,9 +101,9 @@ def rolled_out(script, tiny, *flags):
     [
         (grpo, ""),
         (prefix_rft, ""),
-        (prefix_rft, "--prefix-schedule uniform --hybrids 3"),
-        (prefix_rft, "--prefix-schedule full"),
-        (prefix_rft, "--prefix-schedule full --max-new-tokens 12"),  # truncated within the demonstration
+        (luffy, ""),
+        (luffy, "--uft-steps 4 --hybrids 3"),
+        (luffy, "--max-new-tokens 12"),  # truncated within the demonstration
     ],
 )
 def test_a_completion_has_the_log_probs_of_its_sampler(script, flags, tiny):
@@ -122,7 +123,7 @@ def test_a_completion_has_the_log_probs_of_its_sampler(script, flags, tiny):
 
 @pytest.mark.parametrize("hybrids", [1, 3, 4])
 def test_the_first_few_completions_of_a_group_share_a_prefix(hybrids, tiny):
-    batch, _ = rolled_out(prefix_rft, tiny, "--prefix-schedule", "uniform", "--hybrids", str(hybrids))
+    batch, _ = rolled_out(luffy, tiny, "--uft-steps", "4", "--hybrids", str(hybrids))
     lengths = torch.tensor([c["prefix_len"] for c in batch]).view(4, 4)
     assert (lengths[:, :hybrids] == lengths[:, :1]).all() and (lengths[:, hybrids:] == 0).all()
     assert len(set(lengths[:, 0].tolist())) > 1  # drawn for each question anew
@@ -131,14 +132,14 @@ def test_the_first_few_completions_of_a_group_share_a_prefix(hybrids, tiny):
         assert completion["response"][: lengths[i // 4, i % 4]] == first[: lengths[i // 4, i % 4]]
 
 
-@pytest.mark.parametrize("name, updates", [("grpo", 1), ("prefix_rft", 1), ("prefix_rft", 2)])
+@pytest.mark.parametrize("name, updates", [("grpo", 1), ("prefix_rft", 1), ("prefix_rft", 2), ("luffy", 2)])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_sampler_gap_is_the_distance_of_the_sampler(name, updates, shift, run, tmp_path, monkeypatch):
     """Sampler and policy agree but for rounding. A sampler with e^-0.5 times the probabilities is seen.
 
     With --tis-cap each gradient is multiplied by e^0.5, or by the cap. Prefix tokens count as 0.
     """
-    script = {"grpo": grpo, "prefix_rft": prefix_rft}[name]
+    script = {"grpo": grpo, "prefix_rft": prefix_rft, "luffy": luffy}[name]
     rollout = script.rollout
 
     def shifted(*args):

@@ -11,6 +11,7 @@ from conftest import ROOT
 import dpo
 import grpo
 import idft_hinted
+import luffy
 import opsd
 import prefix_rft
 import rft_rejection
@@ -41,6 +42,12 @@ TABLE = {
         "as in GRPO",
         "test_weight_of_prefix_rft",
     ),
+    "luffy.py": (
+        "I_clip · r · A, on the demonstration A · 0.1 p/(p + 0.1)²",
+        "response, demonstration",
+        "as in GRPO",
+        "test_weight_of_a_relative_of_luffy",
+    ),
     "opsd.py": (
         "I_clip · r · A_t, A_t = log π_T/π_old, where π_T = π_ref with the solution in its prompt",
         "response",
@@ -64,13 +71,13 @@ RELATIVES = {
         "--clip cispo": "clip(r) · A",
         "--tis-cap C": "min(π_old/π_sampler, C) · I_clip · r · A",
     },
-    "prefix_rft": {
-        "--prefix-weight luffy": "A · 0.1 p/(p + 0.1)²",
-        "--prefix-weight sft": "c · Z/n",
-        "--prefix-weight chord": "c · Z/n · p(1 − p)",
-        "--prefix-weight srft": "A + c · Z/n · 0.5 e^(−H)",
-        "--prefix-weight sft --hpt-gate 0": "c · Z/n where no on-policy completion is correct, else 0",
-        "--prefix-weight sft --hybrids 4": "c · Z/n in each of four completions",
+    "luffy": {
+        "--demo-weight luffy": "A · 0.1 p/(p + 0.1)²",
+        "--demo-weight sft": "c · Z/n",
+        "--demo-weight chord": "c · Z/n · p(1 − p)",
+        "--demo-weight srft": "A + c · Z/n · 0.5 e^(−H)",
+        "--demo-weight sft --hpt-gate 0": "c · Z/n where no on-policy completion is correct, else 0",
+        "--demo-weight sft --hybrids 4": "c · Z/n in each of four completions",
     },
 }
 
@@ -194,10 +201,10 @@ def test_weight_of_tis(run, tmp_path, monkeypatch):
     assert weights == pytest.approx([exp(-0.4), exp(0.1), exp(0.4), 1.5], rel=1e-4)
 
 
-@pytest.mark.parametrize("flags", RELATIVES["prefix_rft"])
-def test_weight_of_a_relative_of_prefix_rft(flags):
-    """Two groups of two. The prefixes have 2 and 1 tokens of 13; with --hybrids 4, all four of a group, 7."""
-    args = prefix_rft.parse_args(f"{flags} --prefix-loss all --sft-coef 0.3 --loss-norm token".split())
+@pytest.mark.parametrize("flags", RELATIVES["luffy"])
+def test_weight_of_a_relative_of_luffy(flags):
+    """Two groups of two. Demonstrations have 2 and 1 of 13 tokens; with --hybrids 4 all of one group, 7."""
+    args = luffy.parse_args(f"{flags} --sft-coef 0.3 --loss-norm token".split())
     args.group_size = 4 if args.hybrids == 4 else 2
     hybrid = torch.tensor([[1], [0], [1], [0]]) if args.hybrids == 1 else torch.ones(4, 1, dtype=torch.long)
     prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * hybrid
@@ -208,10 +215,11 @@ def test_weight_of_a_relative_of_prefix_rft(flags):
         seen.append(entropy.detach())
         A, imitated = TWO_A, prefix
         if args.hpt_gate >= 0:
-            A, imitated = prefix_rft.hpt_gate(A, prefix, rewards, args)
-        A = prefix_rft.prefix_weight(A, logp.detach(), entropy.detach(), imitated, TWO_MASK, args)
-        inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
-        return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
+            A, imitated = luffy.hpt_gate(A, prefix, rewards, args)
+        inv_z, now = luffy.inverse_z(TWO_MASK, "token", 100), logp.detach()
+        n = imitated.sum()
+        A = luffy.demonstration_weight(A, now, entropy.detach(), imitated, inv_z, n, args)
+        return luffy.policy_loss(logp, now, now, A, TWO_MASK, inv_z, args)[0]
 
     factor, logp = on_two_tokens(loss)
     n = 7 if args.hybrids == 4 else 2 if "hpt" in flags else 3  # HPT imitates one of the two questions
@@ -220,35 +228,29 @@ def test_weight_of_a_relative_of_prefix_rft(flags):
         p, A, on = exp(logp[i, t]), TWO_A[i, t].item(), prefix[i].bool()
         H = seen[0][i, on].mean().item()
         how = flags.split()[1]
-        luffy = A * 0.1 * p / (p + 0.1) ** 2
-        srft = A + sft * 0.5 * exp(-H)
-        want[i, t] = {"luffy": luffy, "sft": sft, "chord": sft * p * (1 - p), "srft": srft}[how]
+        shaped, srft = A * 0.1 * p / (p + 0.1) ** 2, A + sft * 0.5 * exp(-H)
+        want[i, t] = {"luffy": shaped, "sft": sft, "chord": sft * p * (1 - p), "srft": srft}[how]
     if "hpt" in flags:  # the first question is imitated, the second is reinforced
         want[:2] *= prefix[:2]
         want[2:] *= 1 - prefix[2:]
     close(factor, -TWO_MASK * want / 13)
 
 
-@pytest.mark.parametrize("how", ["ratio", "luffy", "sft"])
-def test_weight_of_prefix_rft(how):
-    """A on the kept prefix tokens and on on-policy tokens, 0 on other prefix tokens; Z does not change.
-
-    An SFT loss divides by the 4 prefix tokens, so its weight is 13 / 4.
-    """
+def test_weight_of_prefix_rft():
+    """A on the kept prefix tokens and on on-policy tokens, 0 on other prefix tokens; Z does not change."""
     prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * torch.tensor([[1], [0], [0], [1]])  # 2 + 2 tokens
     entropy = torch.arange(24, dtype=torch.float64).view(4, 6)  # of the four, row 3 has the two largest
-    args = settings(prefix_weight=how, prefix_entropy_keep=0.5, loss_norm="token")
+    args = settings(prefix_entropy_keep=0.5, loss_norm="token")
 
     def loss(logp, _):
-        A = prefix_rft.prefix_weight(TWO_A, logp.detach(), entropy, prefix, TWO_MASK, args)
+        A = prefix_rft.prefix_weight(TWO_A, entropy, prefix, args)
         inv_z = prefix_rft.inverse_z(TWO_MASK, "token", 100)
         return prefix_rft.policy_loss(logp, logp.detach(), logp.detach(), A, TWO_MASK, inv_z, args)[0]
 
-    factor, logp = on_two_tokens(loss)
-    p, kept = logp.exp(), torch.zeros(4, 6)
+    factor, _ = on_two_tokens(loss)
+    kept = torch.zeros(4, 6)
     kept[3, 1:3] = 1
-    own = {"ratio": TWO_A, "luffy": TWO_A * p / (p + 0.1) * 0.1 / (p + 0.1), "sft": p * 0 + 13 / 4}[how]
-    close(factor, -TWO_MASK * torch.where(prefix == 1, own * kept, TWO_A) / 13)
+    close(factor, -TWO_MASK * torch.where(prefix == 1, TWO_A * kept, TWO_A) / 13)
 
 
 def test_weight_of_opsd():

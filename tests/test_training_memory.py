@@ -18,6 +18,7 @@ METHODS = {  # flags with which every log-probability is computed
     "dpo": "--k 4 --pair-questions 24",
     "grpo": GROUP,
     "prefix_rft": GROUP,
+    "luffy": GROUP,
     "opsd": GROUP,
     "rlhf_ppo": "--batch-size 28 --preference-questions 6 --reward-epochs 1",
 }

@@ -169,7 +169,7 @@ def demonstrated(rows, args, required):
         return rows
     share = f"{len(rows) - len(kept):,} of {len(rows):,} training rows have no demonstration ({name})"
     if not required:
-        print(f"{share}: they are sampled without a prefix")
+        print(f"{share}: all their completions are on-policy")
         return rows
     print(f"{share}: they are left out")
     return rows.select(kept)
@@ -177,7 +177,7 @@ def demonstrated(rows, args, required):
 
 def check_budget(rows, args):
     """Say how many demonstrations are longer than the budget, and what becomes of them."""
-    hybrid = getattr(args, "prefix_schedule", "none") != "none"
+    hybrid = "demo_fraction" in args and getattr(args, "prefix_schedule", "") != "none"
     if not hybrid and "max_demo_tokens" not in args:
         return rows  # nothing is trained on them: a teacher reads them
     most = args.max_new_tokens if hybrid else args.max_demo_tokens
@@ -193,7 +193,7 @@ def check_budget(rows, args):
         print(f"{share} exceed {flag} {most}: they are trained up to there, without EOS")
         return rows
     # a hybrid that cannot reach its end is never correct: it would be unlearnt
-    print(f"{share} exceed {flag} {most}: they are left out of prefix sampling")
+    print(f"{share} exceed {flag} {most}: their questions have on-policy completions only")
     for i in long:
         solutions[i] = None
     return rows.remove_columns("solution").add_column("solution", solutions)

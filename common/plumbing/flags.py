@@ -193,16 +193,10 @@ def check(args):
         sentence = "GSPO is a mean over responses; without --loss-norm sequence, long ones weigh more"
         print(f"--ratio sequence: {sentence}")
 
-    if given.get("prefix_weight", "ratio") != "ratio":
-        updates = args.epochs_per_batch * args.minibatches
-        sentence = f"its weight belongs to the policy before the update, but a step has {updates} updates; "
-        sentence += "lower --minibatches and --epochs-per-batch to 1."
-        demand(updates == 1, f"--prefix-weight {args.prefix_weight}: {sentence}")
-
     if "hybrids" in given:
         most = args.group_size - (args.hpt_gate >= 0)
         sentence = f"must be at most {most}: a group has {args.group_size} completions"
-        sentence += ", and --hpt-gate judges one without a prefix." if args.hpt_gate >= 0 else "."
+        sentence += ", and --hpt-gate judges one without a demonstration." if args.hpt_gate >= 0 else "."
         demand(args.hybrids <= most, f"--hybrids {args.hybrids}: {sentence}")
 
     if "hinted" in given and not args.steps:
