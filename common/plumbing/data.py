@@ -84,8 +84,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
     flags.check(args)
     configs.check_dtype(args)
     flags.settle_rates(args, configs.is_small(configs.load_config(args)))
-    continues_demonstrations = "demo_fraction" in args and getattr(args, "prefix_schedule", "") != "none"
-    needs_column = demonstrations or continues_demonstrations
+    needs_column = demonstrations or examples.has_hybrids(args)
     train = load_questions(args.data, args.split, args, "--data", needs_column, no_gold)
     path, flag = args.eval_data or args.data, "--eval-data" if args.eval_data else "--data"
     split = held_out_split(path, flag, args)

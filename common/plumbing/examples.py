@@ -175,9 +175,14 @@ def demonstrated(rows, args, required):
     return rows.select(kept)
 
 
+def has_hybrids(args):
+    """Whether completions begin with demonstrations: those of prefix_rft.py and luffy.py."""
+    return "demo_fraction" in args and getattr(args, "prefix_schedule", "") != "none"
+
+
 def check_budget(rows, args):
     """Say how many demonstrations are longer than the budget, and what becomes of them."""
-    hybrid = "demo_fraction" in args and getattr(args, "prefix_schedule", "") != "none"
+    hybrid = has_hybrids(args)
     if not hybrid and "max_demo_tokens" not in args:
         return rows  # nothing is trained on them: a teacher reads them
     most = args.max_new_tokens if hybrid else args.max_demo_tokens
