@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import records as rec  # noqa: E402
 from experiments import study  # noqa: E402
 from experiments.intervals import student  # noqa: E402
-from experiments.rows import BY_KEY, CLAIMS, LOW, NOT_TESTABLE, REGIMES, RL, SUPERVISED  # noqa: E402
+from experiments.rows import BY_KEY, CLAIMS, LOW, LOWER, NOT_TESTABLE, REGIMES, RL, SUPERVISED  # noqa: E402
 from experiments.tables import insert, table  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
@@ -156,7 +156,7 @@ def taken(records, row):
 def tuning(records):
     """Tables of the primary number at each learning rate tried, one table for each grid."""
     lines = []
-    for rates in (SUPERVISED, RL, LOW):
+    for rates in (SUPERVISED, LOWER, RL, LOW):
         rows = [row for row in rec.by_regime() if row.rates == rates]
         cells = [tuned(records, row) for row in rows]
         lines += table(["row", *map(rec.rate, rates), "taken"], cells) + [""]

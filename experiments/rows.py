@@ -20,6 +20,7 @@ SEEDS = tuple(range(11, 21))  # the first five of them, or all ten for the main 
 SUPERVISED = (2e-4, 4e-4, 9e-4, 2e-3)  # learning rates tried
 RL = (1e-4, 2e-4, 4e-4, 8e-4)
 LOW = (1e-5, 3e-5, 1e-4, 3e-4)  # of preference losses and of training on own samples
+LOWER = (1e-5, 2e-5, 5e-5, 1e-4)  # below the grid of SUPERVISED
 SHARES = ((50, 80), (100, 60), (150, 40))  # steps of SFT and of GRPO after it
 
 
@@ -39,7 +40,7 @@ class Row:
         return f"{self.regime}: {self.name}"
 
 
-UFT = "luffy.py --uft-steps 100 --hybrids 8 --demo-weight sft --sft-coef 0.001"
+UFT = "luffy.py --uft-steps 60 --hybrids 8 --demo-weight sft --sft-coef 0.001"
 FOUR = "--minibatches 4"  # with one update a step no ratio leaves the trust region
 GSPO = "--clip-low 3e-4 --clip-high 4e-4"
 # 67 steps: resampling makes 1.5 times the tokens
@@ -95,9 +96,9 @@ ROWS = [
     # rows that were added later; protocol.md says when
     Row("opsd", "all", "opsd.py", RL),
     Row("opsd", "easy", "opsd.py", RL),
-    Row("rl + sft loss", "easy", "luffy.py --demo-weight sft --sft-coef 0.008", RL),
+    Row("rl + sft loss", "easy", "luffy.py --demo-weight sft --sft-coef 0.05", RL),
     Row("chord", "easy", "luffy.py --demo-weight chord --sft-coef 0.11", RL),
-    Row("srft", "easy", "luffy.py --demo-weight srft", RL),
+    Row("srft", "easy", "luffy.py --demo-weight srft --sft-coef 0.05", RL),
     Row("hpt", "easy", "luffy.py --demo-weight sft --sft-coef 0.05 --hpt-gate 0", RL),
     Row("uft", "easy", UFT, RL),
     Row("grpo, four updates", "answers", f"grpo.py {FOUR}", RL),
@@ -106,6 +107,12 @@ ROWS = [
     Row("dapo", "answers", f"grpo.py {DAPO} {FOUR}", RL),
     Row("maxrl", "answers", "grpo.py --advantage maxrl", RL),
     Row("rft, as many tokens as grpo", "answers", f"{EQUAL} --k 4 --restart continue", LOW),
+    # controls, added when the main contrasts had been seen
+    Row("idft", "easy", f"{IDFT} off --weight idft", SUPERVISED),
+    Row("idft", "few 64", f"{IDFT} off --weight idft", SUPERVISED),
+    Row("sft, lower learning rates", "easy", "sft.py", LOWER),
+    Row("grpo, same data", "few 64", "grpo.py", RL),
+    Row("sft, then grpo, same data", "few 64", "grpo.py --split few_64", RL, after_sft=True),
 ]
 BY_KEY = {row.key: row for row in ROWS}
 PREFIX, EASY, FEW = "prefix_rft", "easy", "few 64"
@@ -133,12 +140,18 @@ CLAIMS = [
     Claim("Prefix-RFT is above SFT, GRPO, SFT then GRPO and LUFFY: demonstrations of easy questions",
           "2507.01679: 51.8; 44.1, 45.5, 48.2, 50.1", contrasts(EASY)),
     Claim("Prefix-RFT is above SFT, GRPO, SFT then GRPO and LUFFY: few demonstrations", "", contrasts(FEW)),
+    Claim("Prefix-RFT is above GRPO and SFT then GRPO that ask the same questions: few demonstrations", "",
+          over(f"{FEW}: {PREFIX}",
+               [f"{FEW}: {x}, same data" for x in ("grpo", "sft, then grpo")])),
     Claim("SFT then GRPO is above the methods that mix",
           "2604.23747: 57.0; 51.8 Prefix-RFT, 46.3 LUFFY",
           tuple((f"{regime}: sft, then grpo", f"{regime}: {mixed}", "primary")
                 for regime in (EASY, FEW) for mixed in (PREFIX, "luffy"))),
     Claim("RL with or after easy demonstrations is above SFT alone on levels 4 to 6", "",
           over(f"{EASY}: {PREFIX}", [f"{EASY}: sft"]) + over(f"{EASY}: sft, then grpo", [f"{EASY}: sft"])),
+    Claim("the same, with SFT at lower learning rates than the grid's", "",
+          tuple((f"{EASY}: {name}", f"{EASY}: sft, lower learning rates", "primary")
+                for name in (PREFIX, "sft, then grpo"))),
     Claim("of a prefix, train the tokens of highest entropy: not all, none, random ones or the lowest",
           "2507.01679: 51.8; 45.7 all, 45.4 none",
           over(f"{EASY}: {PREFIX}", [f"{EASY}: {PREFIX}, {x}" for x in
@@ -168,6 +181,8 @@ CLAIMS = [
           tuple((f"{r}: dft", f"{r}: sft", "primary") for r in ("all", EASY, FEW))),
     Claim("IDFT is above SFT and DFT", "2602.12222: 68; 60, 65, read from a chart",
           over("all: idft", ["all: sft", "all: dft"])),
+    Claim("DFT and IDFT are above SFT where SFT leaves room: easy or few demonstrations", "",
+          tuple((f"{r}: {name}", f"{r}: sft", "primary") for name in ("dft", "idft") for r in (EASY, FEW))),
     Claim("self-generated targets reduce forgetting: hinted + SFT over SFT", "",
           (("all: hinted + sft", "all: sft", "side"),)),
     Claim("DAPO, GSPO and CISPO are above GRPO, at four updates per step", "",
@@ -188,5 +203,5 @@ NOT_TESTABLE = {  # what this world cannot answer, and why
     "pass@k at large k": "64 tries mostly test guessing: the base solves 66 % at 1.7 % a try",
     "incorrect answers stop growing under Dr. GRPO": "responses have 50 tokens and never reach the budget",
     "DAPO's length limit": "the same",
-    "IDFT forgets less than SFT": "to be compared at equal pass@1, which IDFT does not reach",
+    "IDFT forgets less than SFT": "to be compared at equal pass@1: experiments/retention.py does",
 }
