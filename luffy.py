@@ -5,18 +5,18 @@ The demonstration y* is judged like any completion and shares the baseline of it
 imitated where the policy's own completions earn less. Against grpo.py:
 
     data    G - 1 on-policy completions and y*, whole
-    weight  on y* f'(p) p A, for f(p) = p / (p + 0.1) replaces r: most at p = 0.1
+    weight  on y* A f'(p) p, as f(p) = p / (p + 0.1) takes the place of r: largest at p = 0.1
     mask    unchanged: every token of y* is trained
     Z       unchanged
 
 Related methods have another weight on y*: --demo-weight sft (RL plus an SFT loss), chord
 (CHORD-phi, 2508.11408), srft (the demonstration's part of SRFT, 2506.19767); sft with --hpt-gate 0
-is HPT (2509.04419). UFT (2505.16984) begins every completion with a part of y*, in the end with
-nothing: --uft-steps 100 --hybrids 8 --demo-weight sft --sft-coef 0.001.
+is HPT (2509.04419). UFT (2505.16984) begins every completion with a part of y*, and after N steps
+none: --uft-steps 60 --hybrids 8 --demo-weight sft --sft-coef 0.001.
 
     python luffy.py                    # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.53
     python luffy.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 1e-6
-    # set the lengths for your data, for example --max-new-tokens 3000; docs/gpu.md has 7B on a node
+    # set the lengths for your data; docs/methods/luffy.md has the recipes of the papers
 """
 
 import time
@@ -95,11 +95,11 @@ def parse_args(argv=None):
     add("--tis-cap", type=flags.number(0), default=0.0, help=text)
     add("--demo-fraction", type=flags.number(0, 1), default=1.0, help="share of demonstrated questions")
     weights = ["luffy", "sft", "chord", "srft"]
-    text = "of demonstration tokens; sft: an SFT loss; luffy, chord, srft: these methods"
+    text = "weight of demonstration tokens; sft: an SFT loss; the others as in these papers"
     add("--demo-weight", choices=weights, default="luffy", help=text)
-    add("--sft-coef", type=flags.number(0), default=1.0, help="factor of sft, chord and srft")
+    add("--sft-coef", type=flags.number(0), default=0.05, help="factor of sft, chord and srft")
     add("--hybrids", type=flags.integer(1), default=1, help="demonstrated completions per group")
-    text = "HPT: imitate where the mean on-policy reward is at most this; -1: off"
+    text = "HPT: imitate where the on-policy accuracy is at most this; -1: off"
     add("--hpt-gate", type=flags.number(-1, 1), default=-1.0, help=text)
     text = "UFT: parts of demonstrations, ever shorter, for N steps; 0: whole ones"
     add("--uft-steps", type=flags.integer(0), default=0, help=text)
@@ -180,15 +180,16 @@ def draw_demonstration(tokenizer, row, step, args):
     ids = tok.encode_response(tokenizer, row["solution"])  # y*, EOS included
     if not args.uft_steps:
         return ids
-    # UFT: the first k fifths without EOS, k ~ Binomial(5, p); p falls to 0.05, in the end k = 0
-    progress = min(1, step / args.uft_steps)
-    p = 0.05 + 0.5 * (1 + cos(pi * progress)) * (0.95 - 0.05)
-    fifths = (torch.rand(5) < p).sum().item() if progress < 1 else 0
+    if step > args.uft_steps:  # from here on UFT is plain RL
+        return []
+    # UFT: the first k fifths, without EOS; k ~ Binomial(5, p), and p falls from 0.95 to 0.05
+    p = 0.05 + 0.5 * (1 + cos(pi * step / args.uft_steps)) * (0.95 - 0.05)
+    fifths = (torch.rand(5) < p).sum().item()
     return ids[: int(fifths / 5 * (len(ids) - 1))]
 
 
 def rollout(model, tokenizer, rows, step, args):
-    """A list of groups: G completions of a question with their rewards. The first begins with y*."""
+    """A list of groups: G completions of a question with their rewards. The first is y*."""
     rows = [row for row in rows for _ in range(args.group_size)]
     questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
@@ -198,11 +199,11 @@ def rollout(model, tokenizer, rows, step, args):
     for i in range(0, len(rows), args.group_size):
         prefix = draw_demonstration(tokenizer, rows[i], step, args)
         prefixes[i : i + args.hybrids] = [prefix] * args.hybrids
-    # the policy continues from here, unless y* is whole
-    starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
+    # the policy continues from here; a whole y* has spent the budget, so nothing follows it
+    inputs = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     whole = [bool(set(prefix) & set(stops)) for prefix in prefixes]  # with EOS: all of y*
     spent = [args.max_new_tokens if done else len(p) for done, p in zip(whole, prefixes)]
-    continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
+    continuations, logp = sample(model, tokenizer, inputs, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
     responses = [tok.truncate(ids, stops, args.max_new_tokens) for ids in responses]
     logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logp)]
@@ -249,34 +250,37 @@ def advantages(rewards, how):
     return centred / (rewards.std(1, keepdim=True) + 1e-6)  # std divides by G - 1
 
 
-def demonstration_weight(advantage, logp, entropy, prefix, inv_z, n, args):
-    """What multiplies r on each token, [B, T]: A, and on demonstration tokens the method's weight.
+def demonstration_weight(advantage, logp, entropy, imitated, inv_z, n, args):
+    """What multiplies r on each token, [B, T]: A, and on imitated tokens the method's weight.
 
-    n is the number of demonstration tokens in the update, of which this may be a micro-batch.
+    n is the number of imitated tokens in the update, of which this may be a micro-batch.
     """
     p = logp.exp()  # pi of the token
-    lengths = prefix.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-    mean_entropy = (entropy * prefix).sum(1, keepdim=True) / lengths  # of each demonstration, [B, 1]
+    lengths = imitated.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    mean_entropy = (entropy * imitated).sum(1, keepdim=True) / lengths  # of each demonstration, [B, 1]
+    shaped = advantage * 0.1 * p / (p + 0.1) ** 2  # A f'(p) p
     sft = args.sft_coef / n / inv_z  # an SFT loss is a mean over the n tokens: this undoes 1/Z
     weight = {
-        "luffy": advantage * 0.1 * p / (p + 0.1) ** 2,  # f(p) = p / (p + 0.1) replaces r: f'(p) p
+        "luffy": shaped,
         "sft": sft,
         "chord": sft * p * (1 - p),  # little for what is certain or out of reach
-        "srft": advantage + sft * 0.5 * (-mean_entropy).exp(),
+        "srft": shaped + sft * 0.5 * (-mean_entropy).exp(),
     }[args.demo_weight]
-    return torch.where(prefix == 1, weight, advantage)
+    return torch.where(imitated == 1, weight, advantage)
 
 
-def hpt_gate(advantage, prefix, rewards, args):
-    """HPT: A, 0 on tokens that are left out, and which prefix tokens are imitated, [N, T] each.
+def hpt_gate(advantage, prefix, correct, args):
+    """Returns A with zeros where a token is left out, and a mask of the imitated tokens; [N, T] each.
 
-    A question whose mean on-policy reward is at most the gate is imitated, others are reinforced.
+    HPT imitates the demonstration of a question, or reinforces all that is not demonstrated. It
+    imitates where the on-policy accuracy is at most the gate; correct is [Q, G], 1 or 0.
     """
-    reinforced = rewards[:, args.hybrids :].mean(1) > args.hpt_gate  # [Q]
-    reinforced |= ~prefix.view(len(rewards), -1).any(1)  # there is nothing to imitate
-    reinforced = reinforced.repeat_interleave(args.group_size)[:, None]  # [N, 1]
-    kept = torch.where(prefix == 1, ~reinforced, reinforced)
-    return advantage * kept, prefix * ~reinforced
+    accuracy = correct[:, args.hybrids :].mean(1)  # y* does not count
+    has_demonstration = prefix.view(len(correct), -1).any(1)  # [Q]
+    imitates = (accuracy <= args.hpt_gate) & has_demonstration
+    imitates = imitates.repeat_interleave(args.group_size)[:, None]  # [N, 1]
+    kept = torch.where(prefix == 1, imitates, ~imitates)
+    return advantage * kept, prefix * imitates
 
 
 def inverse_z(response_mask, how, budget):
@@ -400,7 +404,9 @@ def main(args):
                 ref_logp, _ = score(reference, tokens, mask, args)
         imitated = prefix
         if args.hpt_gate >= 0:
-            advantage, imitated = hpt_gate(advantage, prefix, rewards, args)
+            correct = torch.tensor([c["correct"] for c in batch], device=model.device)
+            correct = correct.view(rewards.shape)  # the rewards without overlong penalties
+            advantage, imitated = hpt_gate(advantage, prefix, correct, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         if args.demo_weight != "luffy":  # an SFT loss needs no advantage
             has_gradient |= imitated.any(1, keepdim=True)
@@ -422,7 +428,7 @@ def main(args):
                 A, z = advantage[micro], inv_z[micro]
                 now = logp.detach()
                 A = demonstration_weight(A, now, entropy.detach(), imitated[micro], z, n, args)
-                old = torch.where(prefix[micro] == 1, now, old)  # r = 1
+                old = torch.where(prefix[micro] == 1, now, old)  # r = 1: A has the weight of pi
                 gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
                 gap = gap * (1 - prefix[micro])  # nobody sampled the prefix
                 if args.tis_cap:  # truncated importance weights

@@ -194,9 +194,9 @@ def rollout(model, tokenizer, rows, step, args):
     for i in range(0, len(rows), args.group_size):  # the first of each group
         prefixes[i] = draw_prefix(tokenizer, rows[i], step, args)
     # the policy continues from here
-    starts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
+    inputs = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)]
     spent = [len(prefix) for prefix in prefixes]
-    continuations, logp = sample(model, tokenizer, starts, args.temperature, args, spent)
+    continuations, logp = sample(model, tokenizer, inputs, args.temperature, args, spent)
     responses = [prefix + rest for prefix, rest in zip(prefixes, continuations)]
     logp = [[0.0] * len(prefix) + rest for prefix, rest in zip(prefixes, logp)]
     texts = tok.decode_responses(tokenizer, responses)

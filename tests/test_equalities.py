@@ -30,7 +30,7 @@ QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 DENSE = ["--overlong-tokens", 40]  # rewards differ by length too: few groups have zero variance
 
 
-HPT = ["--demo-weight", "sft"]  # RL with an SFT loss; with --hpt-gate HPT
+HPT = ["--demo-weight", "sft", "--sft-coef", 1]  # RL with an SFT loss; with --hpt-gate HPT
 
 
 def gradients(model):
@@ -104,22 +104,24 @@ def same_prefixes(monkeypatch):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("weight, loss", [("chord", "none"), ("srft", "all")])
-def test_relatives_with_coefficient_0_are_prefix_rft(
-    run, tmp_path, float64, same_prefixes, weight, loss, updates
+def test_chord_with_coefficient_0_is_prefix_rft_without_a_prefix_loss(
+    run, tmp_path, float64, same_prefixes, updates
 ):
-    """Without its SFT loss CHORD trains no token of a demonstration, and SRFT gives all of them A.
-
-    In the second update prefix_rft.py has a ratio on the prefix that is not 1, and a clip.
-    """
+    """Both train no token of a demonstration."""
     more = ["--steps", 1, "--minibatches", updates, *DENSE, *QUICK]
-    a = run("prefix_rft", tmp_path / "a", "--prefix-loss", loss, *more)
-    b = run("luffy", tmp_path / "b", "--demo-weight", weight, "--sft-coef", 0, *more)
-    if loss == "none" or updates == 1:
-        same_weights(a / "final", b / "final", 1e-9)
-    else:
-        with pytest.raises(AssertionError):
-            same_weights(a / "final", b / "final", 1e-9)
+    a = run("prefix_rft", tmp_path / "a", "--prefix-loss", "none", *more)
+    b = run("luffy", tmp_path / "b", "--demo-weight", "chord", "--sft-coef", 0, *more)
+    same_weights(a / "final", b / "final", 1e-9)
+
+
+def test_srft_with_coefficient_0_is_luffy(run, tmp_path, float64):
+    more = ["--steps", 1, "--minibatches", 2, *DENSE, *QUICK]
+    a = run("luffy", tmp_path / "a", *more)
+    b = run("luffy", tmp_path / "b", "--demo-weight", "srft", "--sft-coef", 0, *more)
+    c = run("luffy", tmp_path / "c", "--demo-weight", "srft", *more)
+    same_weights(a / "final", b / "final", 1e-9)
+    with pytest.raises(AssertionError):
+        same_weights(b / "final", c / "final", 1e-9)
 
 
 def test_hybrids_of_whole_demonstrations_are_one_demonstration(run, tmp_path, float64):
@@ -152,6 +154,30 @@ def test_a_demonstration_has_the_weight_of_the_current_policy_in_every_update(
     n, weight = seen[1]  # of the second update
     assert n > 20
     torch.testing.assert_close(weight, torch.full_like(weight, 300 / n), rtol=1e-9, atol=0)
+
+
+def test_hpt_judges_a_question_by_correctness_and_averages_over_what_it_imitates(run, tmp_path, monkeypatch):
+    """Not by rewards, which overlong penalties lower; and n leaves the reinforced demonstrations out."""
+    script, judged, seen = SCRIPTS["luffy"], [], []
+    gate, weight = script.hpt_gate, script.demonstration_weight
+
+    def watched_gate(advantage, prefix, correct, args):
+        A, imitated = gate(advantage, prefix, correct, args)
+        judged.append((correct, prefix.sum().item(), imitated.sum().item()))
+        return A, imitated
+
+    def watched_weight(*arguments):
+        seen.append(arguments[5].item())  # n
+        return weight(*arguments)
+
+    monkeypatch.setattr(script, "hpt_gate", watched_gate)
+    monkeypatch.setattr(script, "demonstration_weight", watched_weight)
+    more = [*HPT, "--hpt-gate", 0.5, "--micro-batch-tokens", 10**6]
+    out = run("luffy", tmp_path / "run", "--steps", 1, *more, *DENSE, *QUICK)
+    correct, demonstrated, imitated = judged[0]
+    assert set(correct.unique().tolist()) == {0, 1}
+    assert read_jsonl(out / "metrics.jsonl")[1]["reward"] < correct.mean().item()  # some are penalised
+    assert seen == [imitated] and 0 < imitated < demonstrated
 
 
 def test_prefix_rft_with_prefixes_is_not_grpo(run, tmp_path):

@@ -433,6 +433,11 @@ BAD = {  # flags: what the sentence says, and in which scripts
         "--hybrids 3: must be at most 2: a group has 3 completions, and --hpt-gate judges one",
         ("luffy",),
     ),
+    "--hpt-gate -0.5": ("--hpt-gate -0.5: must be from 0 to 1", ("luffy",)),
+    "--uft-steps 4 --ratio sequence --minibatches 2": (
+        "--ratio sequence: the ratio of a response would include its hint",
+        ("luffy",),
+    ),
     "--ratio response": ("--ratio response: must be one of token, sequence", GROUPS),
     "--tis-cap -1": ("--tis-cap -1: must be at least 0", GROUPS),
     "--max-demo-tokens 19": (

@@ -421,7 +421,9 @@ def test_a_demonstration_is_whole():
     assert demonstration_lengths(1, 3) == [1000] * 3  # with EOS
 
 
-@pytest.mark.parametrize("step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0), (900, 0)])
+@pytest.mark.parametrize(
+    "step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (501, 0)]
+)
 def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
     """k / 5 of y* without EOS, k ~ Binomial(5, p), p falls from .95 to .05 by a cosine; then nothing."""
     lengths = demonstration_lengths(step, 2000, letters=1000, uft_steps=500)  # and EOS
@@ -494,7 +496,7 @@ HYBRID_PREFIX = HYBRID_MASK * torch.tensor([[1, 1, 1, 0], [0] * 4, [0] * 4, [1, 
 def test_losses_of_relatives_on_the_demonstration(how, norm):
     """weight / Z of each demonstration token, in plain loops: a mean over those of the batch, times c.
 
-    SFT: c / n. CHORD: c / n p (1 - p). SRFT: c / n 0.5 exp(-H) + A / Z, H the mean of one demonstration.
+    SFT: c / n. CHORD: c / n p (1 - p). SRFT: c / n 0.5 exp(-H), H the mean of one demonstration, and LUFFY's.
     """
     g = torch.Generator().manual_seed(3)
     logp = -3 * torch.rand(6, 4, generator=g)
@@ -512,12 +514,12 @@ def test_losses_of_relatives_on_the_demonstration(how, norm):
                 continue
             p, H = exp(logp[i, t]), sum(entropy[i, u].item() for u in on) / len(on)
             own = {"sft": 1, "chord": p * (1 - p), "srft": 0.5 * exp(-H)}[how]
-            rl = A[i, t].item() * inv_z[i].item() if how == "srft" else 0
+            rl = A[i, t].item() * 0.1 * p / (p + 0.1) ** 2 * inv_z[i].item() if how == "srft" else 0
             close(weight[i, t] * inv_z[i, 0], 0.3 / n * own + rl, 1e-5)
 
 
 @pytest.mark.parametrize(
-    "rewards, gate, imitated",
+    "correct, gate, imitated",
     [
         ([[1, 0, 0], [1, 1, 0]], 0, [True, False]),  # a correct demonstration does not count
         ([[0, 0, 0], [0, 0, 1]], 0, [True, False]),
@@ -525,10 +527,10 @@ def test_losses_of_relatives_on_the_demonstration(how, norm):
         ([[0, 1, 1], [0, 1, 1]], 1, [True, True]),
     ],
 )
-def test_hpt_imitates_what_is_not_solved_and_reinforces_the_rest(rewards, gate, imitated):
+def test_hpt_imitates_what_is_not_solved_and_reinforces_the_rest(correct, gate, imitated):
     A = torch.arange(1.0, 7)[:, None] * HYBRID_MASK
     args = settings(hpt_gate=gate, group_size=3)
-    kept, prefix = luffy.hpt_gate(A, HYBRID_PREFIX, torch.tensor(rewards).float(), args)
+    kept, prefix = luffy.hpt_gate(A, HYBRID_PREFIX, torch.tensor(correct).float(), args)
     for i in range(6):
         for t in range(4):
             demonstration = HYBRID_PREFIX[i, t] == 1
@@ -548,7 +550,7 @@ def test_hpt_reinforces_what_has_no_demonstration():
 def test_an_sft_loss_on_prefixes_is_a_mean_for_every_z(norm):
     """weight / Z is 1 / n on each of the n demonstration tokens, as in sft.py; others keep their A."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(demo_weight="sft")
+    prefix, args = mask * torch.tensor([[1], [1], [0]]), settings(demo_weight="sft", sft_coef=1)
     A, logp = torch.full((3, 4), 0.25), torch.full((3, 4), -0.5)
     inv_z = luffy.inverse_z(mask, norm, args.max_new_tokens)
     weight = luffy.demonstration_weight(A, logp, -logp, prefix, inv_z, 6, args)

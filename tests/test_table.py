@@ -75,7 +75,7 @@ RELATIVES = {
         "--demo-weight luffy": "A · 0.1 p/(p + 0.1)²",
         "--demo-weight sft": "c · Z/n",
         "--demo-weight chord": "c · Z/n · p(1 − p)",
-        "--demo-weight srft": "A + c · Z/n · 0.5 e^(−H)",
+        "--demo-weight srft": "A · 0.1 p/(p + 0.1)² + c · Z/n · 0.5 e^(−H)",
         "--demo-weight sft --hpt-gate 0": "c · Z/n where no on-policy completion is correct, else 0",
         "--demo-weight sft --uft-steps 300 --hybrids 4": "c · Z/n in each of four completions",
     },
@@ -208,14 +208,14 @@ def test_weight_of_a_relative_of_luffy(flags):
     args.group_size = 4 if args.hybrids == 4 else 2
     hybrid = torch.tensor([[1], [0], [1], [0]]) if args.hybrids == 1 else torch.ones(4, 1, dtype=torch.long)
     prefix = TWO_MASK * (TWO_MASK.cumsum(1) <= 2) * hybrid
-    rewards = torch.tensor([[1.0, 0], [1, 1]]).view(-1, args.group_size)
+    correct = torch.tensor([[1.0, 0], [1, 1]]).view(-1, args.group_size)
     seen = []
 
     def loss(logp, entropy):
         seen.append(entropy.detach())
         A, imitated = TWO_A, prefix
         if args.hpt_gate >= 0:
-            A, imitated = luffy.hpt_gate(A, prefix, rewards, args)
+            A, imitated = luffy.hpt_gate(A, prefix, correct, args)
         inv_z, now = luffy.inverse_z(TWO_MASK, "token", 100), logp.detach()
         n = imitated.sum()
         A = luffy.demonstration_weight(A, now, entropy.detach(), imitated, inv_z, n, args)
@@ -228,7 +228,8 @@ def test_weight_of_a_relative_of_luffy(flags):
         p, A, on = exp(logp[i, t]), TWO_A[i, t].item(), prefix[i].bool()
         H = seen[0][i, on].mean().item()
         how = flags.split()[1]
-        shaped, srft = A * 0.1 * p / (p + 0.1) ** 2, A + sft * 0.5 * exp(-H)
+        shaped = A * 0.1 * p / (p + 0.1) ** 2
+        srft = shaped + sft * 0.5 * exp(-H)
         want[i, t] = {"luffy": shaped, "sft": sft, "chord": sft * p * (1 - p), "srft": srft}[how]
     if "hpt" in flags:  # the first question is imitated, the second is reinforced
         want[:2] *= prefix[:2]

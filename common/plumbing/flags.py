@@ -193,6 +193,14 @@ def check(args):
         sentence = "GSPO is a mean over responses; without --loss-norm sequence, long ones weigh more"
         print(f"--ratio sequence: {sentence}")
 
+    if "hpt_gate" in given:
+        sentence = "must be from 0 to 1, the on-policy accuracy up to which to imitate, or -1 (off)."
+        demand(args.hpt_gate >= 0 or args.hpt_gate == -1, f"--hpt-gate {args.hpt_gate:g}: {sentence}")
+
+    if given.get("uft_steps") and args.ratio == "sequence":
+        sentence = "the ratio of a response would include its hint, which nobody sampled; use --ratio token."
+        demand(args.minibatches * args.epochs_per_batch == 1, f"--ratio sequence: {sentence}")
+
     if "hybrids" in given:
         most = args.group_size - (args.hpt_gate >= 0)
         sentence = f"must be at most {most}: a group has {args.group_size} completions"
