@@ -43,10 +43,12 @@ def student(values):
     return Estimate(mean(values), sqrt(variance(values) / len(values)), len(values) - 1)
 
 
-def one_sample(values, number):
-    """The mean of the values minus a number without a variance of its own."""
+def one_sample(values, number, error=0.0):
+    """The mean of the values minus a number, whose own standard error is known or left out."""
     own = student(values)
-    return Estimate(own.mean - number, own.error, own.freedom)
+    both = sqrt(own.error**2 + error**2)
+    freedom = own.freedom * (both / own.error) ** 4 if own.error else own.freedom  # Welch-Satterthwaite
+    return Estimate(own.mean - number, both, freedom)
 
 
 def welch(a, b):

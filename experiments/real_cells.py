@@ -6,6 +6,7 @@ before the runs; experiments/real_report.py makes tables and a figure of the rec
 
 import json
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from statistics import mean
 
@@ -223,3 +224,9 @@ def score(found):
         "greedy": mean(int(x) for x in found["greedy"]),
         "pass@4": mean(count > 0 for count in counts),
     }
+
+
+def sampling_error(found):
+    """Standard error of pass@1 on these questions, which another draw of the samples would show."""
+    shares = [int(x) / SAMPLES for x in found["samples"]]
+    return sqrt(sum(p * (1 - p) / (SAMPLES - 1) for p in shares)) / len(shares)

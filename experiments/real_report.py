@@ -18,6 +18,7 @@ from experiments.real_cells import (
     TUNING_SEED,
     best,
     found_rates,
+    sampling_error,
     score,
 )
 from experiments.real_prepare import HELD_OUT, OTHER
@@ -51,11 +52,11 @@ def of_seeds(values):
     return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def difference(a, b):
-    """The mean of a minus that of b. A single b, such as the start's, has no variance of its own."""
+def difference(a, b, error=0.0):
+    """The mean of a minus that of b. A single b, such as the start's, has the error of its samples."""
     if len(a) < len(SEEDS) or 1 < len(b) < len(SEEDS):
         return f"{mean(a) - mean(b):+.3f}"
-    found = welch(a, b) if len(b) >= len(SEEDS) else one_sample(a, b[0])
+    found = welch(a, b) if len(b) >= len(SEEDS) else one_sample(a, b[0], error)
     low, high = found.interval()
     return f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -106,10 +107,11 @@ def comparisons(records, size, data):
             line = [f"{better} over {worse}"]
             for level in (HELD_OUT, OTHER):
                 pair = [numbers(rows[row], level) for row in (better, worse)]
+                error = sampling_error(rows[worse][0]["asked"][level])
                 if AFTER.get(better) == worse and len(pair[0]) == len(pair[1]):
                     # a run and the one that it continues: their seeds differ together
-                    pair = [x - y for x, y in zip(*pair)], [0.0]
-                line.append(difference(*pair))
+                    pair, error = ([x - y for x, y in zip(*pair)], [0.0]), 0.0
+                line.append(difference(*pair, error))
             lines.append(line)
     return table(["difference in pass@1", "held out", "another origin"], lines) if lines else []
 

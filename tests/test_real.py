@@ -1,6 +1,7 @@
 """experiments/real.py: what is run in which order and what is continued, records, intervals, data."""
 
 import importlib
+import itertools
 import json
 import math
 import signal
@@ -371,12 +372,25 @@ def test_intervals():
     assert real_report.of_seeds(three) == f"0.320 [{0.32 - half:.3f}, {0.32 + half:.3f}]"
     assert real_report.of_seeds([0.3]) == "0.300"
     assert real_report.difference(three, [0.2]) == f"+0.120 [{0.12 - half:+.3f}, {0.12 + half:+.3f}]"
+    # the start's samples have an error, too: with the same as the seeds' there are 2 x 2^2 degrees of freedom
+    half = 2.3060 * math.sqrt(2 * 0.0007 / 3)
+    found = real_report.difference(three, [0.2], math.sqrt(0.0007 / 3))
+    assert found == f"+0.120 [{0.12 - half:+.3f}, {0.12 + half:+.3f}]"
     half = 2.7764 * math.sqrt(2 * 0.01 / 3)  # equal variances: 4 degrees of freedom
     both = real_report.difference([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert both == f"-0.300 [{-0.3 - half:+.3f}, {-0.3 + half:+.3f}]"
     assert real_report.difference([0.2], [0.1]) == "+0.100"
     assert real_report.of_seeds([0.2, 0.3]) == "0.250"  # an interval of two seeds says nothing
     assert real_report.difference([0.2, 0.3], [0.1]) == "+0.150"
+
+
+def test_the_sampling_error_of_a_measurement():
+    """Unbiased: its mean over all draws of four samples, p = .5 and .25, is the variance of their share."""
+    expected = 0.0
+    for a, b in itertools.product(range(5), repeat=2):
+        chance = math.comb(4, a) * 0.5**4 * math.comb(4, b) * 0.25**b * 0.75 ** (4 - b)
+        expected += chance * real_cells.sampling_error({"samples": f"{a}{b}"}) ** 2
+    assert expected == pytest.approx((0.25 / 4 + 0.1875 / 4) / 2**2)
 
 
 def test_verdicts_are_counted_per_question():
