@@ -116,8 +116,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -144,14 +146,16 @@ def sample_pairs(model, tokenizer, rows, args):
     stops = tok.stop_ids(tokenizer, model.config)
     pairs = []
     for i, question in enumerate(questions):
-        correct, incorrect = {}, {}  # distinct texts, in the order of sampling
+        correct = {}  # distinct texts, in the order of sampling
+        incorrect = {}
         for j in range(i, len(texts), len(rows)):  # the k samples of this question
             if responses[j][-1] in stops:  # truncated ones are left out
                 side = correct if verdicts[j] else incorrect
                 side[texts[j]] = True
-        pairs += [(question, *both) for both in zip(correct, incorrect)]
-    nothing = "no question has both a correct and an incorrect sample; raise it or change --data."
-    flags.demand(pairs, f"--k: {nothing}")
+        for chosen, rejected in zip(correct, incorrect):
+            pairs.append((question, chosen, rejected))
+    sentence = "no question has both a correct and an incorrect sample; raise it or change --data."
+    flags.demand(pairs, f"--k {args.k}: {sentence}")
     return pairs, sum(len(ids) for ids in responses)
 
 
@@ -162,7 +166,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -219,7 +223,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def kl_from_initial(model, prompts, responses, initial_logp, args):
@@ -258,18 +262,19 @@ def main(args):
             self_check(model, tokenizer, test, args)
             first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
-            began, cost = time.time(), 0
+            began = time.time()
+            generated = 0  # tokens
             if not pairs:
-                pairs, cost = sample_pairs(model, tokenizer, train, args)
+                pairs, generated = sample_pairs(model, tokenizer, train, args)
             rows = with_initial_logp(model, tokenizer, pairs, args)
-            spent = {"tokens_generated": cost, "seconds_sample": time.time() - began}
-            runs.log(out, {"step": 0} | spent, rows)
+            costs = {"tokens_generated": generated, "seconds_sample": time.time() - began}
+            runs.log(out, {"step": 0} | costs, rows)
             # for the KL: sampled once, scored as it will be scored again
             prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
             responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
             logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
             state["initial"] = (prompts, responses, logp.tolist())
-        runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
+        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # samples are kept
     train = data.load_samples(out)  # two rows per pair
     torch.manual_seed(args.seed)
     order = data.shuffled_batches(len(train) // 2, args.steps, args.batch_size)  # pair numbers

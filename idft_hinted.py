@@ -118,8 +118,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -147,7 +149,10 @@ def rewrite(model, tokenizer, hinted, student, args):
     boxed = tok.spelling(tokenizer, vocabulary, "\\boxed{").to(model.device)
 
     def draw(logits):
-        """As in `sample`, but from m; logits [2B, V] of hinted and student contexts in turn."""
+        """As in `sample`, but from m; logits [2B, V] of hinted and student contexts in turn.
+
+        `batch` and `spelled` are set for each batch by the loop below.
+        """
         both = logits.log_softmax(-1).view(-1, 2, vocabulary)
         log_p, log_q = both.unbind(1)  # hinted and student, [B, V]
         log_m = mixture(log_p, log_q, args.beta)
@@ -171,6 +176,7 @@ def rewrite(model, tokenizer, hinted, student, args):
     for rows in decoding.batches(range(len(hinted)), at_once, lengths):
         pairs = [prompts[i] for i in rows for prompts in (hinted, student)]
         budgets = [args.max_new_tokens] * len(rows)
+        # how many characters of \boxed{ each response ends with; all of them: it has been written
         spelled = torch.zeros(len(rows), dtype=torch.int64, device=model.device)
         batch = decoding.Batch(model, pairs, budgets, contexts=2)
         drawn, _ = batch.decode(draw, generator)
@@ -185,7 +191,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -234,14 +240,15 @@ def on_policy_demonstrations(model, tokenizer, rows, args):
     prompts = tok.encode_prompts(tokenizer, questions, args.prompt_template)
     hints = tok.encode_prompts(tokenizer, hints, args.prompt_template)
     # refuse before sampling, not after it
-    models.fits(model, max(map(len, hints)) + args.max_new_tokens)
+    models.demand_positions(model, max(map(len, hints)) + args.max_new_tokens)
 
     demos = [tok.encode_response(tokenizer, y)[: args.max_demo_tokens] for y in solutions]
     own, _ = sample(model, tokenizer, prompts, args.temperature, args)
     correct = math_reward(tok.decode_responses(tokenizer, own), golds)
     failed = [i for i, verdict in enumerate(correct) if not verdict]
-    pair = [hints[i] for i in failed], [prompts[i] for i in failed]
-    rewrites = rewrite(model, tokenizer, *pair, args)
+    hinted = [hints[i] for i in failed]
+    student = [prompts[i] for i in failed]
+    rewrites = rewrite(model, tokenizer, hinted, student, args)
     every = range(len(questions))
     kinds = [("demo", every, demos), ("own", every, own)]
     if failed:
@@ -249,10 +256,12 @@ def on_policy_demonstrations(model, tokenizer, rows, args):
     metrics = {"step": 0, "tokens_generated": sum(len(ids) for ids in own + rewrites)}
     found = []
     for kind, which, responses in kinds:
-        parts = ([column[i] for i in which] for column in (questions, golds, prompts))
-        numbers, rows = judged(model, tokenizer, kind, *parts, responses, args)
+        asked = [questions[i] for i in which]
+        answers = [golds[i] for i in which]
+        contexts = [prompts[i] for i in which]
+        numbers, judgements = judged(model, tokenizer, kind, asked, answers, contexts, responses, args)
         metrics |= numbers
-        found += rows
+        found += judgements
     return metrics, found
 
 
@@ -277,7 +286,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
@@ -316,12 +325,12 @@ def main(args):
                 train = data.with_gold(train, args)
                 rows = data.subset(train, args.steps * args.batch_size, args.seed)
                 runs.log(out, *on_policy_demonstrations(model, tokenizer, rows, args))
-        runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # samples are kept
+        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # samples are kept
     if args.hinted == "on":  # train what samples.jsonl says
         train = data.load_samples(out)
         train = train.filter(bool, input_columns="kept")
-        nothing = "no own solution or rewrite is correct and ended by EOS; see --max-new-tokens."
-        flags.demand(len(train), f"--hinted: {nothing}")
+        sentence = "no own solution or rewrite is correct and ended by EOS; raise --max-new-tokens."
+        flags.demand(len(train), f"--hinted on: {sentence}")
     torch.manual_seed(args.seed)
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     print(f"one step: {args.batch_size} of {len(train):,} demonstrations")

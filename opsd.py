@@ -127,8 +127,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -145,7 +147,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -170,7 +172,7 @@ def with_hints(model, tokenizer, rows, args):
     hints = [hint.replace("{question}", x) for hint, x in zip(hints, questions)]
     hinted = tok.encode_prompts(tokenizer, hints, args.prompt_template)
     # refuse before sampling, not after it
-    models.fits(model, max(map(len, hinted)) + args.max_new_tokens)
+    models.demand_positions(model, max(map(len, hinted)) + args.max_new_tokens)
     return rows.add_column("hinted", hinted)
 
 
@@ -252,7 +254,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
@@ -328,7 +330,7 @@ def main(args):
                 ref_logp, _ = score(reference, tokens, mask, args)
         has_gradient = (advantage != 0).any(1, keepdim=True) | bool(args.kl_coef)  # [N, 1]
         useful = mask * has_gradient  # the others are skipped, but Z counts them
-        inv_z = torch.zeros(mask.shape, device=model.device)
+        inv_z = torch.zeros(mask.shape, device=model.device)  # 1/Z beside each A, [N, T]
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
@@ -341,11 +343,11 @@ def main(args):
                 # with a single update pi_old is pi, so r = 1; without a reference k3 = 0
                 old = old_logp[micro] if updates > 1 else logp.detach()
                 ref = ref_logp[micro] if reference else logp.detach()
-                A, z = advantage[micro], inv_z[micro]
+                A, inv = advantage[micro], inv_z[micro]  # inv: 1/Z
                 gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
                 if args.tis_cap:  # truncated importance weights
                     A = A * gap.exp().clamp(max=args.tis_cap)
-                loss, ratio, k3 = policy_loss(logp, old, ref, A, m, z, args)
+                loss, ratio, k3 = policy_loss(logp, old, ref, A, m, inv, args)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio, gap.abs()])

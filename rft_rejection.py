@@ -119,8 +119,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -159,7 +161,7 @@ def attempt(model, tokenizer, rows, template, args):
 
 
 def sample_and_filter(model, tokenizer, rows, args):
-    """The samples of a round, of which `kept` says what to train on, and their metrics."""
+    """Metrics of a round and its rows for samples.jsonl, of which `kept` says what to train on."""
     samples = attempt(model, tokenizer, rows, "{question}", args)
     rewards = [s["reward"] for found in samples for s in found]
     # questions without a correct sample
@@ -169,7 +171,8 @@ def sample_and_filter(model, tokenizer, rows, args):
         for i, more in zip(failed, retries):
             samples[i] += more
 
-    demonstrations, paths = [], 0
+    logged = []
+    paths = 0
     for row, found in zip(rows, samples):
         distinct = {}  # reasoning path -> sample
         for j in torch.randperm(len(found)).tolist():  # random, so that no path is preferred
@@ -179,21 +182,21 @@ def sample_and_filter(model, tokenizer, rows, args):
         paths += len(distinct)  # what RFT's gain grows with, in the paper
         if args.add_gold:  # the demonstration stands for its own path
             gold = {"question": row["question"], "solution": row["solution"], "kept": True}
-            demonstrations.append(gold)
+            logged.append(gold)
             distinct.pop(path(row["solution"]), None)
-        for s in list(distinct.values())[: args.keep_per_question or None]:
+        for s in list(distinct.values())[: args.keep_per_question or None]:  # 0: all
             s["kept"] = True  # trained
-        demonstrations += found
+        logged += found
 
     metrics = {
         "reward": sum(rewards) / max(1, len(rewards)),
-        "kept": sum(s["kept"] for s in demonstrations),  # size of the training set
+        "kept": sum(s["kept"] for s in logged),  # size of the training set
         "unsolved": len(failed) / len(rows),
         "tokens_generated": sum(s["tokens"] for found in samples for s in found),
         "paths": paths / len(rows),  # distinct correct ones per question
     }
     flags.demand(metrics["kept"], "--k: no sample is correct; raise it, or start with sft.py.")
-    return metrics, demonstrations
+    return metrics, logged
 
 
 # ---- log-probabilities -----------------------------------------------------------------
@@ -203,7 +206,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -244,7 +247,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):
@@ -283,29 +286,29 @@ def main(args):
     for step in runs.steps(state, args.rounds * args.steps):
         began = time.time()
         torch.manual_seed(args.seed * 10**6 + step)  # a resumed run repeats its draws
-        first = (step - 1) // args.steps * args.steps  # steps of earlier rounds
-        nth = step - first  # step of this round
+        earlier = (step - 1) // args.steps * args.steps  # steps of earlier rounds
+        nth = step - earlier  # step of this round
         lr = runs.learning_rate(nth, args)  # warm-up, then --schedule
         optimizer.param_groups[0]["lr"] = lr
 
         # sample, verify, keep; save a checkpoint, so that no round is sampled twice
-        if state.get("sampled", -1) < first:
+        if state.get("sampled", -1) < earlier:
             with autocast:
                 metrics, found = sample_and_filter(model, tokenizer, asked, args)
             metrics["seconds_sample"] = time.time() - began
-            runs.log(out, {"step": first} | metrics, found)
-            state["sampled"] = first  # of the last round that was sampled
+            runs.log(out, {"step": earlier} | metrics, found)
+            state["sampled"] = earlier  # this round need not be sampled again
             if args.restart == "base":  # better samples, but the same initial weights
                 base, _ = models.load_model(args.base or args.model)
                 model.load_state_dict(base.state_dict())
                 optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-            now = state | {"step": first}
-            runs.save_model(out / f"checkpoint-{first:06}", model, tokenizer, optimizer, now)
+            now = state | {"step": earlier}
+            runs.save_model(out / f"checkpoint-{earlier:06}", model, tokenizer, optimizer, now)
         if nth == 1 or not train:  # train what samples.jsonl says
             train = data.load_samples(out)
-            train = train.select([i for i, at in enumerate(train["step"]) if at == first])
+            train = train.select([i for i, at in enumerate(train["step"]) if at == earlier])
             train = train.filter(bool, input_columns="kept")
-            torch.manual_seed(args.seed + first)  # a resumed run draws the same order
+            torch.manual_seed(args.seed + earlier)  # a resumed run draws the same order
             order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
         began = time.time()
 

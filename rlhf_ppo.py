@@ -130,8 +130,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -148,11 +150,12 @@ def preferences(model, tokenizer, rows, out, args, test=()):
     torch.manual_seed(args.seed)  # a resumed run samples the same and draws the same noise
     rows = data.subset(rows, args.preference_questions, args.seed)
     path = out / "preferences.jsonl"
-    done = 1 + max([pair["row"] for pair in runs.read_jsonl(path)], default=-1)
+    ranked = [pair["row"] for pair in runs.read_jsonl(path)]
+    first = 1 + max(ranked, default=-1)  # where a human stopped, ranking continues
     groups = rollout(model, tokenizer, rows, args)
     # ranking by slope x utility + Gumbel noise is Bradley-Terry for each pair
     noise = -(-torch.rand(len(groups), args.group_size).log()).log()
-    for row in range(done, len(groups)):
+    for row in range(first, len(groups)):
         distinct = {}  # text -> completion
         for completion, luck in zip(groups[row], noise[row].tolist()):
             if not completion["truncated"]:
@@ -204,7 +207,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -256,10 +259,13 @@ def before(value, response_mask):
 # ---- the method ------------------------------------------------------------------------
 def utility(tokenizer, text, gold):
     """What the simulated annotator likes: correct, with working, boxed, short."""
-    numbers = "".join(c if c.isdecimal() else " " for c in text.split("\\boxed")[0]).split()
+    working, boxed, _ = text.partition("\\boxed")
+    digits = "".join(c if c.isdecimal() else " " for c in working)
+    has_working = len(digits.split()) > 1  # two numbers before the answer
     length = len(tokenizer.encode(text, add_special_tokens=False))
+    too_long = max(0, length - 48)
     correct = math_reward([text], [gold])[0]
-    return 2 * correct + (len(numbers) > 1) + ("\\boxed" in text) / 2 - max(0, length - 48) / 50
+    return 2 * correct + has_working + bool(boxed) / 2 - too_long / 50
 
 
 def rollout(model, tokenizer, rows, args):
@@ -403,7 +409,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def evaluate_reward(model, reference, reward_model, tokenizer, rows, args):
@@ -427,17 +433,18 @@ def agreement(scores, pairs, slope):
     The bound is E[sigmoid(slope |gap|)]: what a judge reaches who knows the utilities, because the
     labels are noisy. Confidence is sigmoid(|score difference|).
     """
-    margins = (scores[:, 0] - scores[:, 1]).tolist()  # > 0: in agreement with the label
-    metrics = {"pair_accuracy": sum(margin > 0 for margin in margins) / len(margins)}
+    margins = scores[:, 0] - scores[:, 1]  # [P]
+    agree = margins > 0  # with the label
+    metrics = {"pair_accuracy": agree.sum().item() / len(agree)}
     if pairs[0].get("utility_chosen") is not None:
         gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
         bounds = [1 / (1 + exp(-slope * abs(gap))) for gap in gaps]
         metrics["pair_accuracy_max"] = sum(bounds) / len(bounds)
-    # confidence in tenths, [P]
-    tenths = (10 * (scores[:, 0] - scores[:, 1]).abs().sigmoid()).int().clamp(max=9)
+    confidence = margins.abs().sigmoid()
+    tenths = (10 * confidence).int().clamp(max=9)  # [P]
     for n in tenths.unique().tolist():
-        agree = scores[tenths == n, 0] > scores[tenths == n, 1]
-        print(f"  {len(agree):4} pairs with confidence 0.{n}: accuracy {agree.float().mean():.2f}")
+        part = agree[tenths == n]
+        print(f"  {len(part):4} pairs with confidence 0.{n}: accuracy {part.float().mean():.2f}")
     return metrics
 
 
@@ -472,21 +479,21 @@ def main(args):
             self_check(model, tokenizer, test, args)
             first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
-        runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)
+        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)
     if not args.reward_model and "fitted" not in state:
         with autocast:
             groups = preferences(model, tokenizer, train, out, args, test)
             if args.stop_after != "preferences":
                 fit_reward_model(model, tokenizer, groups, test, out, args)
                 state["fitted"] = True
-        runs.save_model(out / f"checkpoint-{0:06}", model, tokenizer, optimizer, state)  # with its log
+        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # with its log
     if args.stop_after != "ppo":
         return
     reward_model = models.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # starts as R
     state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}
     # in PPO the KL penalty is in the reward, not in the loss
-    loss_args = argparse.Namespace(**vars(args) | {"kl_coef": 0.0})
+    loss_args = argparse.Namespace(**(vars(args) | {"kl_coef": 0.0}))
     size = args.batch_size * args.group_size  # completions per step, N
     updates = args.epochs_per_batch * args.minibatches  # optimizer steps per step
     print(f"one step: {args.batch_size} x {args.group_size} completions, {updates} updates")
@@ -512,8 +519,8 @@ def main(args):
         rewards[[c["truncated"] for c in batch]] = args.no_eos_score
         batch = [c | {"reward": r} for c, r in zip(batch, rewards.tolist())]  # for samples.jsonl
         log_ratio = old_logp - ref_logp
-        per_token = rewards[:, None] * last_token(mask) - state["kl_coef"] * log_ratio  # r_t, [N, T]
-        advantage, returns = gae(per_token, old_value, mask, args.lam)
+        reward_t = rewards[:, None] * last_token(mask) - state["kl_coef"] * log_ratio  # [N, T]
+        advantage, returns = gae(reward_t, old_value, mask, args.lam)
         on = mask.bool()
         # whitened over the whole batch: one group of all its tokens
         advantage[on] = advantages(advantage[on].view(1, -1), "grpo")[0]
@@ -523,7 +530,7 @@ def main(args):
         minibatches = []
         for _ in range(args.epochs_per_batch):
             minibatches += torch.randperm(size).tensor_split(args.minibatches)
-        inv_z = torch.zeros(mask.shape, device=model.device)
+        inv_z = torch.zeros(mask.shape, device=model.device)  # 1/Z beside each A, [N, T]
         losses, norms, stats = [], [], []
         for minibatch in minibatches:
             inv_z[minibatch] = inverse_z(mask[minibatch], args.loss_norm, args.max_new_tokens)
@@ -536,9 +543,9 @@ def main(args):
                     value = before(values(critic, y), m)
                 # with a single update pi_old is pi, so r = 1
                 old = old_logp[micro] if updates > 1 else logp.detach()
-                A, z = advantage[micro], inv_z[micro]
-                loss, ratio, k3 = policy_loss(logp, old, ref_logp[micro], A, m, z, loss_args)
-                loss += value_loss(value, old_value[micro], returns[micro], m, z, args.value_clip)
+                A, inv = advantage[micro], inv_z[micro]  # inv: 1/Z
+                loss, ratio, k3 = policy_loss(logp, old, ref_logp[micro], A, m, inv, loss_args)
+                loss += value_loss(value, old_value[micro], returns[micro], m, inv, args.value_clip)
                 loss.backward()
                 losses.append(loss.item() / updates)  # their sum is the mean over updates
                 per_token = torch.stack([entropy.detach(), k3, ratio])

@@ -9,8 +9,8 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi:
     data    demonstrations
     weight  1
     mask    the response, EOS included; no token of the prompt
-    Z       response tokens of the whole global batch. The mean of micro-batch means is different:
-            it weights a token by its micro-batch's length, a smaller fault of SFT baselines (2604.23747)
+    Z       response tokens of the whole global batch. In a mean of micro-batch means, a token of a
+            shorter micro-batch would weigh more: the smaller of two bugs that 2604.23747 reports
 
     python sft.py                    # tiny world, one minute on 2 CPU cores: pass@1 0.26 -> 0.97
     python sft.py --model Qwen/Qwen2.5-Math-1.5B --data DIR --dtype bf16 --lr 5e-5
@@ -104,8 +104,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     logps = torch.zeros(ids.shape)
     unfinished = [i for i, budget in enumerate(budget_left) if budget > 0]  # row numbers
     lengths = [len(prompt) for prompt in prompts]
-    for rows in decoding.batches(unfinished, memory.rows(model, lengths, args), lengths):
-        parts, budgets = [prompts[i] for i in rows], [budget_left[i] for i in rows]
+    at_once = memory.rows(model, lengths, args)  # for each prompt: how many of its length fit
+    for rows in decoding.batches(unfinished, at_once, lengths):
+        parts = [prompts[i] for i in rows]
+        budgets = [budget_left[i] for i in rows]
         batch = decoding.Batch(model, parts, budgets)
         drawn, drawn_logp = batch.decode(draw, generator)  # every row to its end, step by step
         ids[rows, : drawn.shape[1]] = drawn
@@ -122,7 +124,7 @@ def logprobs(model, tokens, response_mask, temperature):
     # no attention mask: padding is on the right, where causal attention never looks
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1]  # position t - 1 predicts y_t, [B, T - 1, D]
-    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # -100: ignored, 0
+    targets = tokens[:, 1:].masked_fill(response_mask[:, 1:] == 0, -100)  # not scored: returns 0
     head = model.get_output_embeddings().weight  # [V, D]
     logp, entropy = token_logprobs(hidden, head, targets, models.logit_temperature(model, temperature))
     return F.pad(logp, (1, 0)), F.pad(entropy, (1, 0))  # aligned with the tokens again
@@ -155,7 +157,7 @@ def evaluate(model, tokenizer, rows, args):
         greedy, _ = sample(model, tokenizer, prompts, 0.0, args)  # one answer each
         prompts *= args.eval_samples
         sampled, _ = sample(model, tokenizer, prompts, args.eval_temperature, args)
-    return evaluation.report(tokenizer, rows, greedy + sampled, math_reward, args)
+    return evaluation.report(model, tokenizer, rows, greedy + sampled, math_reward, args)
 
 
 def self_check(model, tokenizer, rows, args):

@@ -140,9 +140,12 @@ def _forward_triton(h, w, t, inv_T):
 
 def _forward_torch(h, w, t, inv_T):
     """Target logits [N] and the triples [S, 3, N] of S chunks of the vocabulary."""
-    C, dtype = _chunk(h, len(w)), torch.promote_types(h.dtype, torch.float32)
+    C = _chunk(h, len(w))  # words per chunk
+    step = max(BLOCK // C, 1)  # rows that go through the elementwise steps together
+    starts = range(0, len(w), C)
+    dtype = torch.promote_types(h.dtype, torch.float32)
     h = h.to(_gemm_dtype(h))  # [N, D]
-    starts, step, buffer = range(0, len(w), C), max(BLOCK // C, 1), h.new_empty(len(h) * C)
+    buffer = h.new_empty(len(h) * C)
     stats = torch.empty(len(starts), 3, len(h), dtype=dtype, device=h.device)  # [S, 3, N]
     zt = stats.new_zeros(len(h), 1)  # [N, 1]
     for (m, s, u), v in zip(stats, starts, strict=True):
@@ -236,7 +239,8 @@ class _TokenLogProbs(torch.autograd.Function):
         if ctx.triton:  # the kernels want unit stride in D, and no more
             h, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (h, weight))
         with torch.cuda.device_of(h):  # triton launches on the current device
-            zt, stats = (_forward_triton if ctx.triton else _forward_torch)(h, weight, t, 1 / temperature)
+            forward = _forward_triton if ctx.triton else _forward_torch
+            zt, stats = forward(h, weight, t, 1 / temperature)
         m, s, u = _merge(stats)  # [n]
         logp, entropy = (zt - m) - s.log(), s.log() - u / s  # [n]
         ctx.save_for_backward(h, weight, t, rows, m, s, entropy)
@@ -251,8 +255,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, g, k):
         h, weight, t, rows, m, s, entropy = ctx.saved_tensors
         inv_T, V, C = 1 / ctx.temperature, len(weight), _chunk(h, len(weight))
-        g, k = (torch.zeros_like(m) if y is None else y if rows is None else y[rows] for y in (g, k))  # [n]
-        g, k = g * inv_T, k * inv_T  # [n]  contiguous, whatever strides came in
+        g = _upstream(g, rows, m) * inv_T  # [n]  contiguous, whatever strides came in
+        k = _upstream(k, rows, m) * inv_T  # [n]
         a, b = (k * (s.log() - entropy) - g) / s, -k / s  # [n]
         dtype = h.dtype if ctx.triton else _gemm_dtype(h)
         h = h.to(dtype)  # [n, D]
@@ -273,6 +277,13 @@ class _TokenLogProbs(torch.autograd.Function):
         if dh is not None and rows is not None:
             dh = dh.new_zeros(ctx.shape).index_copy_(0, rows, dh)  # [N, D]
         return None if dh is None else dh.to(weight.dtype), dw, None, None, None
+
+
+def _upstream(grad, rows, like):
+    """The upstream gradient of the rows that are kept, [n]; zeros where the loss does not use the output."""
+    if grad is None:
+        return torch.zeros_like(like)
+    return grad if rows is None else grad[rows]
 
 
 def _add_product(total, x, y):

@@ -131,11 +131,13 @@ def micro_batches(response_mask, max_tokens, shard=(0, 1), rows=None):
     longest_first = sorted((i for i in rows if end[i]), key=lambda i: -end[i])
     dealt = []  # to each rank
     for first in range(world_size):
-        batches = []
+        batch, batches = [], []
         for i in longest_first[first::world_size]:
-            if not batches or end[batches[-1][0]] * (len(batches[-1]) + 1) > max_tokens:
-                batches.append([])  # its first row is its longest, which sets the width
-            batches[-1].append(i)
+            width = end[batch[0]] if batch else end[i]  # the first row is the longest
+            if not batch or width * (len(batch) + 1) > max_tokens:
+                batch = []
+                batches.append(batch)
+            batch.append(i)
         dealt.append(batches)
     mine = [(batch, slice(end[batch[0]])) for batch in dealt[rank]]
     missing = max(map(len, dealt)) - len(mine)

@@ -196,9 +196,9 @@ def learning_rates(records):
     for axis in axes.flat[len(rows) :]:
         axis.set_axis_off()
     for axis, row in zip(axes.flat, rows):
-        share = rec.best_share(records, row)
+        share = study.best_share(records, row)
         runs = [x for x in study.of_row(records, row, "tune") if x["lr"] in row.rates]
-        runs = [x for x in runs if (tuple(x["share"]) if x["share"] else None) == share]
+        runs = [x for x in runs if study.share_of(x) == share]
         if row.after_sft and not share:
             runs = []
         paint = COLORS[rec.method(row)]

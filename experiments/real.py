@@ -81,9 +81,8 @@ from experiments.real_cells import (  # noqa: E402
 )
 
 # arguments that name, place or speed up a run, and make it no other run
-APART = (
-    "output_dir seed model data eval_data resume save_every sample_rows micro_batch_tokens commit versions"
-)
+APART = ("output_dir", "seed", "model", "data", "eval_data", "resume", "save_every", "sample_rows")
+APART += ("micro_batch_tokens", "commit", "versions")
 # minutes of a cell, training and evaluation: of size small in fp32 on one CPU core, and in bf16 beside five
 # others on an H100
 ESTIMATE = {
@@ -267,7 +266,9 @@ class Study:
         state = state_of(folder)
         if cell.row != "base" and state != "trained":
             words = training(cell, rate, args) + ["--output-dir", str(folder)]
-            self.process(folder, "train", words + ["--resume"] * (state == "resume"))
+            if state == "resume":
+                words.append("--resume")
+            self.process(folder, "train", words)
             for path in folder.glob("checkpoint-*"):
                 shutil.rmtree(path)  # three times as large as the model
         asked = folder / "asked"
@@ -366,10 +367,9 @@ def run_all(args):
     study = Study(plan(args.size, args.data, read(RECORDS, args.records)), args)
     left = study.left()
     estimate = minutes(left, args)
-    print(
-        f"{len(left)} of {len(study.cells)} cells are left: about {estimate:.0f} minutes one by one,", end=""
-    )
-    print(f" {estimate / args.jobs:.0f} with {args.jobs} side by side", flush=True)
+    together = f"{estimate / args.jobs:.0f} with {args.jobs} side by side"
+    times = f"about {estimate:.0f} minutes one by one, {together}"
+    print(f"{len(left)} of {len(study.cells)} cells are left: {times}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, study.stop)
     timer = threading.Timer(args.budget, study.stop)

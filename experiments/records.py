@@ -73,14 +73,6 @@ def name_in(regime, key):
     return row.name if row.regime == regime else f"{row.name} (no demonstrations)"
 
 
-def best_share(records, row):
-    """The share of "SFT, then GRPO" that is tuned further, or None."""
-    found, wanted = study.tuned(records, row), study.options(row)
-    if not row.after_sft or not all(option in found for option in wanted):
-        return None
-    return max(wanted, key=found.get)[0]
-
-
 def rate(value):
     """A learning rate as it is written."""
     return f"{value:.0e}".replace("e-0", "e-")
@@ -279,4 +271,4 @@ def pair(comparison):
     better, worse = comparison.better, comparison.worse
     regime = BY_KEY[better].regime
     text = f"{better} − {worse.removeprefix(f'{regime}: ')}"
-    return text + f" ({comparison.number})" * (comparison.number != "primary")
+    return text if comparison.number == "primary" else f"{text} ({comparison.number})"

@@ -168,7 +168,7 @@ def tuning(records):
 def tuned(records, row):
     """A line of the table: the share of SFT is the best one."""
     found, best = study.tuned(records, row), study.best(records, row)
-    share = best[0] if best else rec.best_share(records, row)
+    share = best[0] if best else study.best_share(records, row)
     values = [found.get((share, value)) for value in row.rates]
     if row.after_sft and not share:  # not known yet
         values = [None] * len(row.rates)
@@ -177,7 +177,7 @@ def tuned(records, row):
 
 
 def tuned_share(records, row):
-    found, share = study.tuned(records, row), rec.best_share(records, row)
+    found, share = study.tuned(records, row), study.best_share(records, row)
     values = [found.get(option) for option in study.options(row)]
     cells = ["" if value is None else f"{value:.3f}" for value in values]
     return [row.key, *cells, " + ".join(map(str, share)) if share else "not tuned yet"]
@@ -197,7 +197,10 @@ def claims(records):
         word, details = rec.verdict(found)
         known = [said(x) for x in found if not x.missing]
         line = [claim.text, claim.source, "<br>".join(known), f"**{word}**<br>{details}"]
-        (open_ones if word == "no verdict" else lines).append(line)
+        if word == "no verdict":
+            open_ones.append(line)
+        else:
+            lines.append(line)
     lines += open_ones
     lines += [[text, "", "", f"**not testable here**<br>{reason}"] for text, reason in NOT_TESTABLE.items()]
     return table(["claim", "paper", "difference [95 %], p after Holm", "verdict"], lines)
@@ -211,7 +214,7 @@ def said(comparison):
     text += f": {estimate.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     if comparison.p is not None:
         text += f", {p_value(comparison.p)}"
-    return text + ", equivalent" * estimate.is_equivalent
+    return f"{text}, equivalent" if estimate.is_equivalent else text
 
 
 # ---- all of it -------------------------------------------------------------------------------------------

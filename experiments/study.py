@@ -66,26 +66,37 @@ def of_row(records, row, phase):
     return [x for x in records if x["row"] == row.key and x["phase"] == phase]
 
 
+def share_of(record):
+    """The share of a record as in SHARES; JSON makes it a list."""
+    return tuple(record["share"]) if record["share"] else None
+
+
 def tuned(records, row):
     """{option: mean of the primary number over the tuning seeds}, of options with both seeds."""
     found = {}
     for x in of_row(records, row, "tune"):
-        share = tuple(x["share"]) if x["share"] else None
-        found.setdefault((share, x["lr"]), []).append(x["primary"])
+        found.setdefault((share_of(x), x["lr"]), []).append(x["primary"])
     return {option: sum(y) / len(y) for option, y in found.items() if len(y) == len(TUNING_SEEDS)}
+
+
+def best_share(records, row):
+    """The share of "SFT, then GRPO" that is tuned further, or None."""
+    found = tuned(records, row)
+    wanted = options(row)
+    if not row.after_sft or not all(option in found for option in wanted):
+        return None
+    return max(wanted, key=found.get)[0]
 
 
 def best(records, row):
     """The option to run with, or None while tuning is not complete."""
     found = tuned(records, row)
-    wanted = options(row)
+    share = best_share(records, row)
+    if row.after_sft and not share:
+        return None
+    wanted = [(share, rate) for rate in row.rates]
     if not all(option in found for option in wanted):
         return None
-    if row.after_sft:
-        share, _ = max(wanted, key=found.get)
-        wanted = [(share, rate) for rate in row.rates]
-        if not all(option in found for option in wanted):
-            return None
     return max(wanted, key=found.get)
 
 
@@ -93,19 +104,20 @@ def tasks(records, row):
     """The runs of a row that can be started now: (phase, option, seed)."""
     if row.after_sft and best(records, BY_KEY[f"{row.regime}: sft"]) is None:
         return []
-    done = {(x["phase"], tuple(x["share"]) if x["share"] else None, x["lr"], x["seed"]) for x in records
-            if x["row"] == row.key}  # fmt: skip
-    found = tuned(records, row)
-    wanted = options(row)
-    if row.after_sft and all(option in found for option in wanted):
-        share, _ = max(wanted, key=found.get)
-        wanted += [(share, rate) for rate in row.rates]
-    some = [("tune", option, seed) for option in wanted for seed in TUNING_SEEDS]
+    done = set()
+    for x in records:
+        if x["row"] == row.key:
+            done.add((x["phase"], (share_of(x), x["lr"]), x["seed"]))
     option = best(records, row)
     if option:
-        some += [("final", option, seed) for seed in SEEDS[: row.seeds]]
-    some = [x for x in dict.fromkeys(some) if (x[0], *x[1], x[2]) not in done]
-    return [x for x in some if not (option and x[0] == "tune")]
+        some = [("final", option, seed) for seed in SEEDS[: row.seeds]]
+    else:
+        wanted = options(row)
+        share = best_share(records, row)
+        if share:
+            wanted += [(share, rate) for rate in row.rates]
+        some = [("tune", option, seed) for option in wanted for seed in TUNING_SEEDS]
+    return [x for x in dict.fromkeys(some) if x not in done]
 
 
 def stages(records, row, option):
@@ -131,7 +143,8 @@ def process(screen, *command):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         _, status, usage = os.wait4(child.pid, 0)
-    assert status == 0, f"{' '.join(command)} failed, see {screen}"
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed, see {screen}")
     return {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.time() - began}
 
 
@@ -145,7 +158,8 @@ def train(commands, seed, out, more):
             if before:
                 flags += f" --model {before}/final"
             resumed = bool(folders.checkpoints(folder))
-            flags += " --resume" * resumed
+            if resumed:
+                flags += " --resume"
             seconds = process(f"{out}.log", sys.executable, *command.split(), *flags.split())
             if not resumed:  # else this is a part of them only
                 (folder / "seconds.json").write_text(json.dumps(seconds))
@@ -269,7 +283,7 @@ def work(rows, runs, deadline, lock, running, failures):
             row, phase, option, seed = task
             try:
                 record = run(row, phase, option, seed, commands, runs)
-            except AssertionError as error:  # one failed run does not stop the others
+            except RuntimeError as error:  # one failed run does not stop the others
                 print(f"failed: {row.key}, {phase}, {option}, seed {seed}: {error}", flush=True)
                 with lock:
                     running.discard(task)

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
-from common.plumbing.evaluation import check_ratio, pass_at_k, verdict_counts
+from common.plumbing.evaluation import check_ratio, pass_at_k, report, verdict_counts
 from common.plumbing.flags import BadInput
+from common.verifier import math_reward
 
 
 @pytest.mark.parametrize("k, solved", [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)])
@@ -31,6 +33,18 @@ def test_verdict_counts_without_samples_and_levels():
     scores = verdict_counts(["\\boxed{1}"] * 3, [1.0, 0.0, 0.0], [None] * 3)
     want = {"accuracy": 1 / 3, "correct": 1, "incorrect": 2, "no_answer": 0, "levels": {}}
     assert scores == want
+
+
+def test_a_response_that_ends_in_any_stop_id_is_not_truncated(tiny, monkeypatch):
+    """Also at the last token of the budget, and with an EOS that only the model's config knows."""
+    model, tokenizer = tiny
+    other = next(i for i in range(10, 100) if i != tokenizer.eos_token_id)
+    monkeypatch.setattr(model.config, "eos_token_id", [tokenizer.eos_token_id, other])
+    rows = Dataset.from_dict({"question": ["a", "b", "c"], "gold": ["1", "2", "3"]})
+    responses = [[5, tokenizer.eos_token_id], [5, other], [5, 6]]
+    args = SimpleNamespace(max_new_tokens=2, eval_temperature=1.0)
+    found = report(model, tokenizer, rows, responses, math_reward, args)
+    assert [c["truncated"] for c in found["completions"]] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype, gap, refused", [("fp32", 1e-3, True), ("bf16", 1e-3, False)])

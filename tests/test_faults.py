@@ -402,8 +402,8 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--eval-split tset": "no split tset, only",
     "--data {blank} --eval-data {data}": f"blank.jsonl, train, row 1: {NO_TEXT}",
     "--data {null} --eval-data {data}": f"null.jsonl, train, row 1: {NO_TEXT}",
-    "--data {number} --eval-data {data}": f"number.jsonl, train, row 0: {NO_TEXT}",
-    "--eval-data {number}": f"number.jsonl, train, row 0: {NO_TEXT}",
+    "--data {number} --eval-data {data}": "number.jsonl, train: --question-key question holds numbers only",
+    "--eval-data {number}": "number.jsonl, train: --question-key question holds numbers only",
     "--data {no_demo} --eval-data {data}": (
         "--solution-key solution: not one training row has a demonstration",
         DEMONSTRATIONS,

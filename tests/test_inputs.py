@@ -477,11 +477,11 @@ def test_ids_beyond_the_embedding_are_refused_where_they_occur(load, refused, tm
     lines[7]["solution"] = "<think>so" + lines[7]["solution"]
     sentence = refused(lines, "--model", folder)
     assert (
-        "row 7: --solution-key solution holds <think>, which is an id that the embedding of 479 rows"
+        "row 7: --solution-key solution holds <think>, which is an id beyond the embedding of 479 rows"
         in sentence
     )
     (folder / "chat_template.jinja").write_text("<think>{{ messages[0]['content'] }}:")
-    assert "a prompt has <think>, an id that the embedding has not" in refused(rows(), "--model", folder)
+    assert "a prompt has <think>, an id beyond the embedding" in refused(rows(), "--model", folder)
 
 
 def test_the_first_example_is_shown_with_its_boundary(load, capsys):

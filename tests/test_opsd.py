@@ -57,8 +57,8 @@ def test_the_teacher_reads_question_and_solution_in_the_chat_template(tiny):
 
 
 def test_a_hint_that_does_not_fit_is_refused_before_sampling(train, monkeypatch, capsys):
-    fits = models.fits
-    monkeypatch.setattr(models, "fits", lambda model, need: fits(model, need + 2000))
+    demand = models.demand_positions
+    monkeypatch.setattr(models, "demand_positions", lambda model, need: demand(model, need + 2000))
     monkeypatch.setattr(opsd, "rollout", None)
     with pytest.raises(SystemExit) as stop:
         train()

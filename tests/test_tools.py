@@ -22,7 +22,7 @@ from common.plumbing import flags  # noqa: E402
 from tools import plot, sample  # noqa: E402
 
 QUESTION = "Leo has 18 shells, gets 7. How many shells does Leo have?"
-BUDGETS = {"plot": 90, "sample": 60}
+BUDGETS = {"plot": 90, "sample": 64}  # sample.py: errors that say the fix
 
 
 @pytest.mark.parametrize("name", BUDGETS)

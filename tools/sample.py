@@ -45,10 +45,13 @@ def main(argv=None):
     add("--seed", type=flags.integer(0, 2**32 - 1), default=0, help="of each question")
     args = parser.parse_args(argv)
     readable = args.answer is None or check_gold(args.answer)
-    flags.demand(readable, f"--answer {args.answer}: the verifier cannot read it.")
-    flags.demand(args.samples == 1 or args.temperature, "--samples: set --temperature above 0.")
+    sentence = "the verifier cannot read it; give a number or an expression."
+    flags.demand(readable, f"--answer {args.answer}: {sentence}")
+    sentence = "greedy responses are all the same; set --temperature above 0."
+    flags.demand(args.samples == 1 or args.temperature, f"--samples {args.samples}: {sentence}")
     model, tokenizer = models.load_model(args.model)
-    for question in [args.question] if args.question else filter(str.strip, sys.stdin):
+    questions = [args.question] if args.question else filter(str.strip, sys.stdin)
+    for question in questions:
         for text, ended in sample(model, tokenizer, question.strip(), args):
             print(text if ended else f"{text} [truncated: raise --max-new-tokens]")
             if args.answer is not None:

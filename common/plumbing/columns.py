@@ -74,10 +74,10 @@ def read_split(path, split, flag, wanted=None):
         reason = one_line(error.__cause__ or error)
         raise BadInput(f"{flag} {path}: {split} cannot be read ({reason}).") from None
     names = list(dict.fromkeys(name for _, some, _ in parts for name in some))
-    cells = {}
-    for name in names:
-        if wanted is None or name in wanted:
-            cells[name] = [x for found, _, rows in parts for x in found.get(name) or [None] * rows]
+    cells = {name: [] for name in names if wanted is None or name in wanted}
+    for found, _, rows in parts:
+        for name, column in cells.items():
+            column += found.get(name) or [None] * rows  # a file may lack a column
     return cells, names
 
 
@@ -128,15 +128,15 @@ def read_csv(path, wanted):
         try:
             lines = [line for line in reader if line]
         except csv.Error as error:
-            raise ValueError(
-                f"{os.path.basename(path)}, line {reader.line_num}: not a row of a csv file, {error}"
-            ) from None
+            where = f"{os.path.basename(path)}, line {reader.line_num}"
+            raise ValueError(f"{where}: not a row of a csv file, {error}") from None
     names, *rows = lines
     for i, row in enumerate(rows):
         sentence = f"{len(row)} cells, but the header has {len(names)}; quote cells that hold a comma"
         expect(len(row) <= len(names), f"{os.path.basename(path)}, row {i}: {sentence}")
+        row += [""] * (len(names) - len(row))  # the last cells may be left out
     kept = {name: k for k, name in enumerate(names) if wanted is None or name in wanted}
-    found = {name: [row[k] or None if k < len(row) else None for row in rows] for name, k in kept.items()}
+    found = {name: [row[k] or None for row in rows] for name, k in kept.items()}
     return found, names, len(rows)
 
 
@@ -178,17 +178,17 @@ def json_rows(path, wanted):
             # one object over several lines, or a first line that is damaged?
             is_lines = first.rstrip().endswith("}") and rest.lstrip().startswith("{")
     if is_lines:
-        with open(path, "rb") if encoding(path) == "utf-8-sig" else open(path, encoding="utf-16") as file:
+        is_utf8 = encoding(path) == "utf-8-sig"  # read as bytes: an error can name its line
+        with open(path, "rb") if is_utf8 else open(path, encoding="utf-16") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    line = line if isinstance(line, str) else line.decode("utf-8-sig")
+                    line = line.decode("utf-8-sig") if is_utf8 else line
                     if line.strip():
                         yield f"line {number}", decoder.decode(line)
                 except ValueError as error:
                     kind = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-                    raise ValueError(
-                        f"{os.path.basename(path)}, line {number}: not {kind}, {one_line(error)}"
-                    ) from None
+                    where = f"{os.path.basename(path)}, line {number}"
+                    raise ValueError(f"{where}: not {kind}, {one_line(error)}") from None
         return
     with open(path, encoding=encoding(path)) as file:
         text = file.read()

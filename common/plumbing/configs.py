@@ -37,7 +37,7 @@ def cannot_load(flag, source, error):
 def load_tokenizer(args):
     """The tokenizer of --model, without its chat template under --chat-template off."""
     source, flag = origin(args)
-    tokenizer = as_asked(read_folder(AutoTokenizer, source, flag), args)
+    tokenizer = set_template(read_folder(AutoTokenizer, source, flag), args)
     demand_eos(tokenizer, f"{flag} {source}")
     return tokenizer
 
@@ -59,7 +59,7 @@ def demand_eos(tokenizer, name):
     demand(has_eos, f"{name}: its tokenizer has no EOS; set eos_token in tokenizer_config.json.")
 
 
-def as_asked(tokenizer, args):
+def set_template(tokenizer, args):
     """The tokenizer, in place, as --chat-template wants it."""
     if getattr(args, "chat_template", "on") == "off":
         tokenizer.chat_template = None
@@ -128,16 +128,18 @@ def check_dtype(args):
 
 def computes_bf16():
     """Whether this CPU has instructions for bf16: AVX-512's, AMX, or Arm's."""
-    names = ("avx512_bf16", "amx_tile", "arm_bf16")
-    known = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in names]
-    return any(is_supported() for is_supported in known)
+    for name in ("avx512_bf16", "amx_tile", "arm_bf16"):
+        is_supported = getattr(torch.cpu, f"_is_{name}_supported", None)  # not every torch has all
+        if is_supported and is_supported():
+            return True
+    return False
 
 
 # ---- reward models ---------------------------------------------------------------------------------------
 
 
-def demand_labels(config, source, flag):
+def demand_labels(config, name):
     """A reward model has one label; a classifier of several has no score."""
     is_classifier = any("Classification" in name for name in config.architectures or [])
     sentence = f"it has {config.num_labels} labels, and a reward model has one; use a model that scores."
-    demand(not is_classifier or config.num_labels == 1, f"{flag}: {sentence}")
+    demand(not is_classifier or config.num_labels == 1, f"{name}: {sentence}")

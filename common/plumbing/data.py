@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from math import ceil
 
 import torch
 from datasets import Dataset
@@ -45,9 +46,9 @@ def check_lengths(rows, name, args, demonstrations=False):
     config = configs.load_config(args)
     tokenizer = configs.load_tokenizer(args)
     positions = configs.max_positions(config)
-    [frame] = encode_prompts(tokenizer, [""], args.prompt_template)
+    frame = examples.frame(tokenizer, args)
     budget = args.max_new_tokens
-    longest = getattr(args, "max_demo_tokens", None)  # responses that are not sampled end there
+    longest = getattr(args, "max_demo_tokens", None)  # demonstrations are truncated to it
     solutions = rows["solution"] if demonstrations else [None] * len(rows)
     for i, (question, solution) in enumerate(zip(rows["question"], solutions)):
         most = budget
@@ -86,11 +87,12 @@ def load_splits(args, demonstrations=False, no_gold=False):
     flags.settle_rates(args, configs.is_small(configs.load_config(args)))
     needs_column = demonstrations or examples.has_hybrids(args)
     train = load_questions(args.data, args.split, args, "--data", needs_column, no_gold)
-    path, flag = args.eval_data or args.data, "--eval-data" if args.eval_data else "--data"
+    path = args.eval_data or args.data
+    flag = "--eval-data" if args.eval_data else "--data"
     split = held_out_split(path, flag, args)
     test = load_questions(path, split, args, flag, no_gold=no_gold) if split else None
     if not args.resume:  # the first run has checked the rest
-        examples.look(train, f"{args.data}, {args.split}", args, needs_column)
+        examples.look(train, f"{args.data}, {args.split}", args, show=needs_column)
         check_lengths(train, f"{args.data}, {args.split}", args, demonstrations)
         if split:
             check_lengths(test, f"{path}, {split}", args)
@@ -138,10 +140,12 @@ def hold_out(rows, args):
     ordered = sorted(set(keys), key=lambda text: hashlib.sha256(text.encode()).digest())
     sentence = "one question cannot be both trained on and held out; give --eval-data."
     demand(len(ordered) > 1, f"--data {args.data}: {sentence}")
-    held_out = set(ordered[: -(-len(ordered) // 10)])
+    held_out = set(ordered[: ceil(len(ordered) / 10)])
     sentence = f"a tenth of the questions of {args.split} is held out and never trained on"
     print(f"there is no split named test: {sentence}")
-    first = {text: i for i, text in reversed(list(enumerate(keys)))}
+    first = {}  # question -> its first row
+    for i, text in enumerate(keys):
+        first.setdefault(text, i)
     train = [i for i, text in enumerate(keys) if text not in held_out]
     return rows.select(train), rows.select(sorted(first[text] for text in held_out))
 

@@ -124,7 +124,7 @@ class Batch:
     @torch.no_grad()
     def __init__(self, model, prompts, budgets, contexts=1):
         lengths = [len(prompt) + budgets[i // contexts] for i, prompt in enumerate(prompts)]
-        models.fits(model, max(lengths) - 1)  # the last token that is drawn is not read
+        models.demand_positions(model, max(lengths) - 1)  # the last token that is drawn is not read
         self.model, self.contexts, self.device = model, contexts, model.device
         self.width = max(map(len, prompts))
 

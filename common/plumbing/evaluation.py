@@ -3,7 +3,7 @@
 from math import comb
 
 from common.plumbing import flags
-from common.tokenization import decode_responses
+from common.tokenization import decode_responses, stop_ids
 from common.verifier import extract_answer
 
 HIGH = 0.2  # a share of truncated responses above which more tokens are worth a hint
@@ -19,7 +19,7 @@ def pass_at_k(correct, n, k):
     return 1 - sum(missed) / len(missed)
 
 
-def report(tokenizer, rows, responses, judge, args):
+def report(model, tokenizer, rows, responses, judge, args):
     """What an evaluation logs: `verdict_counts`, and as `completions` its texts, for samples.jsonl.
 
     responses: the greedy ones to all questions first, then rounds of samples; `judge` is
@@ -32,7 +32,7 @@ def report(tokenizer, rows, responses, judge, args):
     levels = rows["level"] if "level" in rows.column_names else [None] * len(rows)
     metrics = verdict_counts(texts, verdicts, levels)
 
-    budget = args.max_new_tokens
+    stops = stop_ids(tokenizer, model.config)
     metrics["completions"] = []
     for i, text in enumerate(texts):
         completion = {
@@ -41,7 +41,7 @@ def report(tokenizer, rows, responses, judge, args):
             "text": text,
             "gold": golds[i],
             "correct": verdicts[i],
-            "truncated": len(responses[i]) >= budget and responses[i][-1] != tokenizer.eos_token_id,
+            "truncated": responses[i][-1] not in stops,
             "temperature": 0.0 if i < len(rows) else args.eval_temperature,
         }
         metrics["completions"].append(completion)
@@ -95,6 +95,5 @@ def check_ratio(ratio, mask, args):
 
 def show(tokenizer, prompt, response):
     """Print one example as it is trained, the trained part in brackets."""
-    print(
-        f"one sample, the trained part in brackets:\n{tokenizer.decode(prompt)}[{tokenizer.decode(response)}]"
-    )
+    text = f"{tokenizer.decode(prompt)}[{tokenizer.decode(response)}]"
+    print(f"one sample, the trained part in brackets:\n{text}")

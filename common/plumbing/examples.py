@@ -10,6 +10,8 @@ from common.plumbing import configs
 from common.plumbing.flags import BadInput, demand, one_line
 from common.tokenization import encode_prompts, encode_response
 
+ENDS = "ends a response"  # of the reasons in `special_texts`, that of a text of EOS
+
 # ---- what no text may hold -------------------------------------------------------------------------------
 
 
@@ -30,14 +32,14 @@ def cleaned(rows, name, args):
 def special_texts(tokenizer, config, args):
     """Texts that the tokenizer reads as one id: {text: why it may not be inside a prompt or a response}."""
     rows = config.get_text_config().vocab_size  # of the embedding
-    size = f"--model {args.model}: its tokenizer has ids that its embedding of {rows:,} rows has not"
+    size = f"--model {args.model}: its tokenizer has ids beyond its embedding of {rows:,} rows"
     remedy = "resize the embedding with resize_token_embeddings and save the model again"
     outside = {token for token, i in tokenizer.get_vocab().items() if i >= rows}
     demand(outside <= {*tokenizer.get_added_vocab()}, f"{size}; {remedy}.")
-    texts = {token: f"is an id that the embedding of {rows:,} rows has not; {remedy}" for token in outside}
+    texts = {token: f"is an id beyond the embedding of {rows:,} rows; {remedy}" for token in outside}
     for i in configs.all_stop_ids(tokenizer, config, args):
         demand(i < rows, f"{size}, among them {i}, which ends a response; {remedy}.")
-        texts[tokenizer.decode([i])] = "ends a response"
+        texts[tokenizer.decode([i])] = ENDS
     return texts
 
 
@@ -48,7 +50,7 @@ def check_texts(texts, column, name, tokenizer, marks):
             if mark and text and mark in text:
                 ids = tokenizer.encode(text, add_special_tokens=False)
                 is_read = tokenizer.convert_tokens_to_ids(mark) in ids
-                remedy = "; remove it from the text" if reason == "ends a response" else ""
+                remedy = "; remove it from the text" if reason == ENDS else ""
                 demand(not is_read, f"{name}, row {i}: {column} holds {mark}, which {reason}{remedy}.")
 
 
@@ -57,7 +59,7 @@ def clean(texts, column, name, tokenizer, marks, args):
 
     Some chat templates open <think> in the prompt. An EOS anywhere else is refused.
     """
-    stops = [mark for mark, reason in marks.items() if mark.strip() and reason == "ends a response"]
+    stops = [mark for mark, reason in marks.items() if mark.strip() and reason == ENDS]
     tag, space = opened_tag(tokenizer, args)
     found, ended, twice = [], 0, 0
     for text in texts:
@@ -109,7 +111,7 @@ def frame(tokenizer, args):
 
 
 def look(rows, name, args, show=True):
-    """The first question's prompt as ids, checked; with `show` the first demonstrated one's, and printed."""
+    """Check the ids of one prompt: the first, or with `show` the first demonstrated one, which is printed."""
     tokenizer, config = configs.load_tokenizer(args), configs.load_config(args)
     frame(tokenizer, args)
     row = 0
@@ -125,7 +127,7 @@ def look(rows, name, args, show=True):
     demand(has_question, f"--model {args.model}: {sentence}")
     rows_of_embedding = config.get_text_config().vocab_size
     outside = [i for i in prompt if i >= rows_of_embedding]
-    sentence = f"a prompt has {tokenizer.decode(outside[:1])}, an id that the embedding has not; resize it."
+    sentence = f"a prompt has {tokenizer.decode(outside[:1])}, an id beyond the embedding; resize it."
     demand(not outside, f"--model {args.model}: {sentence}")
     sentence = f"its prompts end in {tokenizer.decode(prompt[-1:])}, which ends a response; {remedy}."
     demand(not ends(tokenizer, config, prompt, question, args), f"--model {args.model}: {sentence}")

@@ -202,10 +202,12 @@ def check(args):
         demand(args.minibatches * args.epochs_per_batch == 1, f"--ratio sequence: {sentence}")
 
     if "hybrids" in given:
-        most = args.group_size - (args.hpt_gate >= 0)
-        sentence = f"must be at most {most}: a group has {args.group_size} completions"
-        sentence += ", and --hpt-gate judges one without a demonstration." if args.hpt_gate >= 0 else "."
-        demand(args.hybrids <= most, f"--hybrids {args.hybrids}: {sentence}")
+        most = args.group_size
+        reason = f"a group has {args.group_size} completions"
+        if args.hpt_gate >= 0:
+            most -= 1
+            reason += ", and --hpt-gate judges one without a demonstration"
+        demand(args.hybrids <= most, f"--hybrids {args.hybrids}: must be at most {most}: {reason}.")
 
     if "hinted" in given and not args.steps:
         args.hinted = "off"  # nothing is trained, so no demonstration has to be rewritten

@@ -37,7 +37,7 @@ def claim(out, create=False):
     except OSError:  # a file system without locks
         print(f"--output-dir {out}: its file system has no locks; see that no other process uses this folder")
     OWNED[identity(file.fileno())] = file
-    return path.exists() and identity(path) in OWNED  # or the folder has just been moved aside
+    return path.exists() and identity(path) in OWNED  # no longer if it has just been moved aside
 
 
 def identity(file):

@@ -21,8 +21,7 @@ def free():
     if torch.cuda.is_available():
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
-    found = [10**15, machine(), container()]
-    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(machine(), container()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def machine():
@@ -56,7 +55,7 @@ def check_training(args):
 
     Under torchrun they are divided in ways that are not counted here.
     """
-    if ranks.shard()[1] > 1:
+    if ranks.world_size() > 1:
         return
     config = configs.read_folder(AutoConfig, args.model, "--model")
     try:
@@ -80,7 +79,7 @@ def check_training(args):
 
 
 def row_bytes(model, tokens, budget):
-    """What a row takes while a batch is sampled whose longest prompt has so many tokens."""
+    """Bytes that one row takes while it is sampled, its prompt padded to `tokens`."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
@@ -90,7 +89,8 @@ def row_bytes(model, tokens, budget):
     cache = 2 * config.num_hidden_layers * kv_heads * width * size * (tokens + budget)
     logits = 6 * 4 * config.vocab_size  # with softmax and noise
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    prompt = 4 * tokens * (6 * config.hidden_size + 3 * (inner if isinstance(inner, int) else max(inner)))
+    inner = inner if isinstance(inner, int) else max(inner)  # some models have one for each layer
+    prompt = 4 * tokens * (6 * config.hidden_size + 3 * inner)  # activations of a layer, fp32
     return cache + logits + prompt
 
 

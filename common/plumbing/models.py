@@ -27,7 +27,7 @@ from common.plumbing.configs import (
     read_folder,
     write_stop_ids,
 )
-from common.plumbing.flags import BadInput, demand, one_line
+from common.plumbing.flags import demand
 from common.plumbing.heads import logit_divisor
 
 transformers.utils.logging.disable_progress_bar()  # there is one bar, the script's
@@ -77,7 +77,7 @@ def check_model(model, tokenizer, missing, name):
 
 
 def logit_temperature(model, temperature):
-    """What hidden states times weights are divided by: scaled logits have a temperature of their own."""
+    """The divisor of hidden states times weights: --temperature times that of the model's own logits."""
     return temperature * getattr(model, "logit_divisor", 1.0)
 
 
@@ -106,7 +106,7 @@ def placed(model, recompute):
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = partial(recomputed, layer.forward)
     model = model.eval()
-    if ranks.shard()[1] > 1:
+    if ranks.world_size() > 1:
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
         COPIES[model] = deepcopy(model, empty)  # for `sampler`, while layers have no hooks yet
         model.register_forward_pre_hook(release)
@@ -135,10 +135,10 @@ def check_positions(model, tokens, inputs):
     else:
         ids = tokens[0] if tokens else inputs["input_ids"]
         need = ids.shape[1]
-    fits(model, need)
+    demand_positions(model, need)
 
 
-def fits(model, need):
+def demand_positions(model, need):
     """Demand that the model has positions for so many tokens."""
     most = max_positions(model.config)
     name = model.config.name_or_path
@@ -203,11 +203,11 @@ def load_scorer(source, tokenizer, args, new_head=False):
     `new_head` the folder may be that of a language model, and the head is drawn at random.
     """
     given = getattr(args, "reward_model", None)
-    name = f"--model {source}" if new_head and not given else f"--reward-model {source}"
-    flag = name.split()[0]
+    flag = "--model" if new_head and not given else "--reward-model"
+    name = f"{flag} {source}"
     config = read_folder(AutoConfig, source, flag)
     if not new_head or given:
-        demand_labels(config, source, name)
+        demand_labels(config, name)
     has_classifier = type(config) in AutoModelForTokenClassification._model_mapping
     sentence = "has no token classifier in transformers, which reward models and critics are"
     demand(has_classifier, f"{name}: {config.model_type} {sentence}; use another model.")
@@ -221,17 +221,19 @@ def load_scorer(source, tokenizer, args, new_head=False):
             use_safetensors=True,
         )
     except Exception as error:
-        raise BadInput(f"{name} cannot be loaded ({one_line(error)}).") from None
+        raise cannot_load(flag, source, error) from None
     known = read_folder(AutoTokenizer, source, flag).get_vocab()
     same_ids = tokenizer.get_vocab().items() <= known.items()
-    demand(same_ids, f"{name}: its tokenizer assigns other ids than that of {args.model}.")
+    sentence = f"its tokenizer assigns other ids than that of --model {args.model}; use one that shares it."
+    demand(same_ids, f"{name}: {sentence}")
     if new_head:
         head = scalar_head(scorer)
         # as in Stiennon et al.: scores of the order of 1
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
         torch.nn.init.zeros_(head.bias)
     missing = [key for key in info["missing_keys"] if key.endswith("weight")]
-    demand(new_head or not missing, f"{name}: it has no scalar head ({', '.join(missing)}).")
+    sentence = f"it has no scalar head ({', '.join(missing)}); use a reward model, such as rlhf_ppo.py saves."
+    demand(new_head or not missing, f"{name}: {sentence}")
     return placed(scorer, args.gradient_checkpointing)
 
 

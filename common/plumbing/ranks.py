@@ -39,6 +39,11 @@ def shard():
     return dist.get_rank(), dist.get_world_size()
 
 
+def world_size():
+    """How many processes torchrun has started; 1 without it."""
+    return shard()[1]
+
+
 def start():
     """Join the process group. From here on only the first rank prints to stdout."""
     backend = "gloo"
@@ -66,7 +71,7 @@ def generator(device):
 
 def barrier():
     """Wait for all ranks."""
-    if shard()[1] > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -75,17 +80,16 @@ def barrier():
 
 def reduce(x, how="SUM"):
     """The sum (or "MAX") of a tensor over the ranks, in place."""
-    if shard()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
     return x
 
 
 def gather(items):
     """The lists of all ranks as one list."""
-    _, world_size = shard()
-    if world_size == 1:
+    if world_size() == 1:
         return list(items)
-    lists = [None] * world_size
+    lists = [None] * world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
@@ -97,7 +101,7 @@ def gather(items):
 def mesh():
     """All ranks in one dimension, along which weights are divided."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(kind, (shard()[1],))
+    return init_device_mesh(kind, (world_size(),))
 
 
 def is_sharded(model):
@@ -111,7 +115,7 @@ def sharded(model):
     The weights of a layer are gathered for as long as it computes. Embedding, last norm and
     head are gathered together for the whole pass, so what is tied stays tied.
     """
-    if shard()[1] == 1:
+    if world_size() == 1:
         return model
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     for part in [*layers, model]:
@@ -186,7 +190,7 @@ def rows(count):
 
 def divided(x, shape):
     """A tensor of this shape of which this rank has the rows `x`; in one process `x` itself."""
-    if shard()[1] == 1:
+    if world_size() == 1:
         return x
     stride = torch.empty(shape, device="meta").stride()
     shape = torch.Size(shape)

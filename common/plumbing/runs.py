@@ -46,7 +46,7 @@ def open_run(args):
     else:
         memory.check_training(args)
         model, tokenizer = models.load_model(args.model, args.gradient_checkpointing)
-    configs.as_asked(tokenizer, args)
+    configs.set_template(tokenizer, args)
     if ranks.is_first():
         try:
             folders.open_folder(out, state, args, sum(p.nbytes for p in model.parameters()))
@@ -230,7 +230,8 @@ def finish(out, args, script=None):
     for name in {name: None for row in rows for name in row}:  # in the order of the file
         if name in ("accuracy", "eval_utility") or name.startswith("pass@"):
             values = [f"{row[name]:.3f}" for row in rows if row.get(name) is not None]
-            print(f"{name:14}{' -> '.join(values[:1] + values[1:][-1:])}")
+            ends = values if len(values) < 2 else [values[0], values[-1]]
+            print(f"{name:14}{' -> '.join(ends)}")
     for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
         if path.exists():
             print(f"{label:14}{path}")

@@ -29,7 +29,7 @@ def speed(metrics):
 
 
 def hint(metrics):
-    """Say once that most completions of a step were truncated. Demonstrations are spoken of elsewhere."""
+    """Say once that most completions of a step were truncated; of demonstrations `examples` says it."""
     share = metrics.get("truncated_frac", 0)
     if share > MOSTLY and "tokens_generated" in metrics and "truncated" not in SAID:
         SAID.add("truncated")

@@ -96,7 +96,8 @@ def read_state(folder):
         for key in file.keys():  # noqa: SIM118
             places.setdefault(key, []).append(file)
     for path, shape in state.pop("index").items():
-        *outer, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        # AdamW's state has parameter numbers as keys
+        *outer, last = [int(key) if key.isdigit() else key for key in path.split("/")]
         node = state
         for key in outer:
             node = node.setdefault(key, {})
@@ -117,8 +118,8 @@ def read_tensor(files, name, shape):
             parts.append(rows[max(first - start, 0) : min(last - start, count)])
         start += count
     if start != shape[0]:
-        raise ValueError(f"{name} has {start} rows")
-    x = torch.cat(parts) if parts else file.get_tensor(name)[:0]  # no row for the last ranks
+        raise ValueError(f"{name} has {start} rows, not {shape[0]}")
+    x = torch.cat(parts) if parts else files[0].get_tensor(name)[:0]  # no row for the last ranks
     return ranks.divided(x, shape)
 
 

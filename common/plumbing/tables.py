@@ -11,14 +11,14 @@ from common.plumbing.flags import BadInput, demand
 # ---- one split -------------------------------------------------------------------------------------------
 
 
-def load_split(path, split, columns, flag="--data"):
+def load_split(path, split, wanted, flag="--data"):
     """One split of a data file, a folder, a hub name or name:configuration, as text.
 
-    `columns` maps the flag that names a column to the column; only these are read. Each must
-    exist and have text in every row. Without `columns` all are read, and nothing is demanded.
+    `wanted` maps the flag that names a column to the column; only these are read. Each must
+    exist and have text in every row. If it is empty all are read, and nothing is demanded.
     """
-    cells, names = cells_of(path, split, flag, columns.values() if columns else None)
-    for column_flag, column in columns.items():
+    cells, names = cells_of(path, split, flag, wanted.values() if wanted else None)
+    for column_flag, column in wanted.items():
         demand_name(names, column_flag, column)
         cells[column] = texts(cells[column], f"{path}, {split}", f"{column_flag} {column}")
     return Dataset.from_dict(cells)
@@ -44,8 +44,7 @@ def demand_name(names, flag, column):
 def texts(cells, name, column, role="user", required=True, row=None):
     """The cells of a column (or of one row) as text; None where there is none and none is required."""
     if row is None and all(isinstance(cell, columns.Number) for cell in cells):
-        cells = [None]  # nothing but numbers: another column is meant
-        required = True
+        raise BadInput(f"{name}: {column} holds numbers only; give a column of text.")
     found = []
     for i, cell in enumerate(cells):
         i = i if row is None else row
