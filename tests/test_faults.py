@@ -408,7 +408,7 @@ BAD = {  # flags: what the sentence says, and in which scripts
         "--solution-key solution: not one training row has a demonstration",
         DEMONSTRATIONS,
     ),
-    "--data {number_demo} --eval-data {data}": ("row 0: --solution-key solution", DEMONSTRATIONS),
+    "--data {number_demo} --eval-data {data}": ("--solution-key solution holds numbers only", DEMONSTRATIONS),
     "--data {golds}": ("not one gold answer parses", ("rft_rejection", "dpo", *GROUPS, "opsd")),
     "--eval-data {golds}": ("not one gold answer parses", [name for name in MORE if name != "rlhf_ppo"]),
     "--data {long} --eval-data {data}": "long.jsonl, train, row 1: ",
