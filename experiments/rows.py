@@ -149,7 +149,7 @@ CLAIMS = [
                 for regime in (EASY, FEW) for mixed in (PREFIX, "luffy"))),
     Claim("RL with or after easy demonstrations is above SFT alone on levels 4 to 6", "",
           over(f"{EASY}: {PREFIX}", [f"{EASY}: sft"]) + over(f"{EASY}: sft, then grpo", [f"{EASY}: sft"])),
-    Claim("the same, with SFT at lower learning rates than the grid's", "",
+    Claim("RL with or after easy demonstrations is above SFT at lower learning rates than the grid's", "",
           tuple((f"{EASY}: {name}", f"{EASY}: sft, lower learning rates", "primary")
                 for name in (PREFIX, "sft, then grpo"))),
     Claim("of a prefix, train the tokens of highest entropy: not all, none, random ones or the lowest",

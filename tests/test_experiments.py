@@ -8,7 +8,18 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import defaults, figures, gpu, hardware, intervals, picture, ppo_sweep, speed, tables
+from experiments import (
+    defaults,
+    figures,
+    gpu,
+    hardware,
+    intervals,
+    picture,
+    ppo_sweep,
+    retention,
+    speed,
+    tables,
+)
 from experiments import records as rec
 
 README = (ROOT / "README.md").read_text()
@@ -44,6 +55,22 @@ def test_best_of_n_is_the_mean_over_all_choices():
                 assert got[name][q].item() == pytest.approx(want, abs=1e-5)
     assert ppo_sweep.best_of(1, score, utility)["kl"].tolist() == [0, 0, 0]
     assert ppo_sweep.best_of(4, score, utility)["kl"][0].item() == pytest.approx(0.6363, abs=1e-4)
+
+
+def test_retention_is_read_where_pass_at_1_last_rises_through_the_target():
+    points = [(0.4, 0.9), (0.2, 1.0), (0.6, 0.8), (0.5, 0.7), (0.9, 0.5)]
+    assert retention.at(points, 0.6) == pytest.approx(0.65)  # a quarter of the way from .7 to .5
+    assert retention.at(points, 0.3) == pytest.approx(0.95)
+    with pytest.raises(ValueError, match="around 0.950"):
+        retention.at(points, 0.95)
+
+
+def test_the_table_and_the_figure_of_retention_are_those_of_the_records(tmp_path):
+    records = rec.read(), rec.read(retention.RECORDS)
+    assert has("docs/methods/idft_hinted.md", "retention", retention.compared(*records))
+    figures.save(retention.draw(*records), tmp_path / "again.svg")
+    committed = ROOT / "experiments/results/retention.svg"
+    assert (tmp_path / "again.svg").read_text() == committed.read_text(), "run experiments/retention.py"
 
 
 def test_the_bootstrap_resamples_seeds_and_questions():

@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from experiments import real_cells, real_report, records, report
+from experiments import real_cells, real_report, records, report, retention
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -79,6 +79,7 @@ def measured():
     """Means with intervals of the records, as "+0.294 [+0.264, +0.324]", signs included."""
     tables = [*report.tables(records.read()).values()]
     tables.append(real_report.report_lines(real_cells.read(real_cells.RECORDS)))
+    tables.append(retention.compared(records.read(), records.read(retention.RECORDS)))
     text = "\n".join(line for lines in tables for line in lines)
     found = set(re.findall(INTERVAL, text + (RESULTS / "ppo_sweep.md").read_text()))
     falls = [re.findall(r"[\d.]+", gain) for gain in found]  # a gain, or how far something falls
