@@ -34,7 +34,7 @@ FAMILY = {  # script: parent, what it is
 SHOWN = {  # script: its row where every question is demonstrated, and where only easy ones are
     "sft": ("all: sft", "easy: sft"),
     "rft_rejection": ("answers: rft, k = 4",) * 2,
-    "idft_hinted": ("all: hinted + idft", "easy: dft"),
+    "idft_hinted": ("all: hinted + idft", "easy: idft"),
     "dpo": ("answers: dpo",) * 2,
     "grpo": ("answers: grpo",) * 2,
     "prefix_rft": ("all: prefix_rft", "easy: prefix_rft"),
