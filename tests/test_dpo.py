@@ -185,7 +185,7 @@ def test_kl_from_the_initial_policy(tiny):
     def kl(m, some):
         """Of responses of one token each, weighted equally."""
         _, mask = tok.join(prompts * len(some), [[i] for i in some])
-        initial = tok.align([[first[0][i].item()] for i in some], mask)
+        initial = tok.align([[first[0][i].item()] for i in some], mask).tolist()  # as state.json has it
         return dpo.kl_from_initial(m, prompts * len(some), [[i] for i in some], initial, args).item()
 
     assert abs(kl(model, words)) < 1e-6

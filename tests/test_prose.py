@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -75,6 +76,7 @@ def test_the_page_of_a_method_has_the_sections_of_the_template(name):
 INTERVAL = r"[+-]?[\d.]+ \[[+-]?[\d.]+, [+-]?[\d.]+\]"
 
 
+@cache
 def measured():
     """Means with intervals of the records, as "+0.294 [+0.264, +0.324]", signs included."""
     tables = [*report.tables(records.read()).values()]
