@@ -430,7 +430,7 @@ def main(args):
                 A, inv = advantage[micro], inv_z[micro]  # inv: 1/Z
                 now = logp.detach()
                 A = demonstration_weight(A, now, entropy.detach(), imitated[micro], inv, n, args)
-                old = torch.where(prefix[micro] == 1, now, old)  # r = 1: A has the weight of pi
+                old = torch.where(prefix[micro] == 1, now, old)  # r = 1 on y*: A holds its weight
                 gap = old - sampled_logp[micro]  # log(pi_old / pi_sampler), 0 but for rounding
                 gap = gap * (1 - prefix[micro])  # nobody sampled the prefix
                 if args.tis_cap:  # truncated importance weights
