@@ -565,3 +565,5 @@ def test_the_protocol_was_committed_before_every_run():
     first = committed_at()
     for commit in {x["commit"] for x in REAL if x["row"] != "base"}:
         assert git("merge-base", "--is-ancestor", first, commit)[0] == 0, commit
+        # A clone has only the history: a commit amended after its runs is not there.
+        assert git("merge-base", "--is-ancestor", commit, "HEAD")[0] == 0, commit
