@@ -1,6 +1,6 @@
 r"""Is a completion's final answer correct?
 
-The reward of every RL script and the judge of every evaluation:
+The reward of grpo.py, prefix_rft.py and luffy.py, and the judge of every evaluation:
 
     verify(completion, gold) = equivalent(extract_answer(completion), gold)
 

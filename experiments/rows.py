@@ -200,8 +200,8 @@ CLAIMS = [
           over("all: hinted + idft", ["answers: dpo", "answers: simpo"])),
 ]  # fmt: skip
 NOT_TESTABLE = {  # what this world cannot answer, and why
-    "pass@k at large k": "64 tries mostly test guessing: the base solves 66 % at 1.7 % a try",
-    "incorrect answers stop growing under Dr. GRPO": "responses have 50 tokens and never reach the budget",
+    "pass@k at large k": "at 64 tries guessing counts: one that is correct in 1.7 % of the tries solves 66 %",
+    "incorrect answers stop growing under Dr. GRPO": "responses of GRPO have 15 tokens and never reach the budget of 100",
     "DAPO's length limit": "the same",
-    "IDFT forgets less than SFT": "to be compared at equal pass@1: experiments/retention.py does",
+    "IDFT forgets less than SFT": "compared at equal pass@1 by experiments/retention.py, on the page of idft_hinted.py",
 }
