@@ -201,7 +201,7 @@ CLAIMS = [
 ]  # fmt: skip
 NOT_TESTABLE = {  # what this world cannot answer, and why
     "pass@k at large k": "at 64 tries guessing counts: one that is correct in 1.7 % of the tries solves 66 %",
-    "incorrect answers stop growing under Dr. GRPO": "responses of GRPO have 15 tokens and never reach the budget of 100",
+    "incorrect answers stop growing under Dr. GRPO": "responses have 15 tokens and never reach the budget",
     "DAPO's length limit": "the same",
-    "IDFT forgets less than SFT": "compared at equal pass@1 by experiments/retention.py, on the page of idft_hinted.py",
+    "IDFT forgets less than SFT": "see experiments/retention.py, which compares at equal pass@1",
 }

@@ -83,6 +83,12 @@ def open_folder(out, state, args, model_bytes):
     half.rename(out / "args.json")  # under this name it is complete
 
 
+def demand_shared(out):
+    """Under torchrun every rank writes into the folder of the run, on several machines, too."""
+    sentence = "not the same folder on all machines; put it on a file system that all of them see"
+    demand((out / "args.json").exists(), f"--output-dir {out}: {sentence}.")
+
+
 def move_aside(out, args):
     """Rename an earlier run, unless a flag names something in it."""
     for name in "model base reward_model pairs preferences data eval_data".split():

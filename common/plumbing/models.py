@@ -109,8 +109,8 @@ def placed(model, recompute):
     if ranks.world_size() > 1:
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
         COPIES[model] = deepcopy(model, empty)  # for `sampler`, while layers have no hooks yet
-        model.register_forward_pre_hook(release)
         model = ranks.sharded(model)  # layer after layer: a GPU need not hold the whole
+        model.register_forward_pre_hook(release, prepend=True)  # before the root's weights are gathered
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
 

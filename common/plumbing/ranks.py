@@ -52,9 +52,18 @@ def start():
         backend = "cpu:gloo,cuda:nccl"
     # how long the others wait for a rank that is lost
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # errors go to stderr, from every rank
+
+
+def end():
+    """The work of all ranks is done: when they exit, each closes the process group.
+
+    Never after a failure of one rank: NCCL would wait there for the others, which wait for it.
+    """
+    if dist.is_initialized():
+        atexit.unregister(dist.destroy_process_group)  # of an earlier run in this process
+        atexit.register(dist.destroy_process_group)
 
 
 def is_first():

@@ -1,7 +1,6 @@
 """Runs: begin, continue, count steps, save, log, and sum up at the end."""
 
 import json
-import shlex
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from common.plumbing import configs, decoding, folders, memory, models, ranks, storage
 from common.plumbing.flags import BadInput, demand, one_line
-from common.plumbing.screen import hint, peak_memory, show, speed
+from common.plumbing.screen import hint, peak_memory, show, speed, summary
 
 # ---- the run folder --------------------------------------------------------------------------------------
 
@@ -53,6 +52,7 @@ def open_run(args):
         except OSError as error:
             raise BadInput(f"--output-dir {out}: cannot be written ({one_line(error)}).") from None
     ranks.barrier()
+    folders.demand_shared(out)
     return out, state | {"faults": 0, "stop": 0, "leave": 0}, model, tokenizer
 
 
@@ -67,10 +67,9 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
     """
     half = folder.with_name(folder.name + ".half")
     old = folder.with_name(folder.name + ".old")
-    if ranks.is_first():
-        shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
     try:
         if ranks.is_first():
+            shutil.rmtree(half, ignore_errors=True)  # of a run that was killed here
             half.mkdir(parents=True)
         ranks.barrier()
         storage.write_model(half, model, tokenizer)
@@ -131,8 +130,10 @@ def steps(state, last):
                 bar.update()
                 sentence = "not finite in three consecutive updates; lower --lr, look at the last samples"
                 demand(state["faults"] < 3, f"step {state['step']}: the gradient is {sentence}.")
-                leave = state.get("leave", state["stop"])  # without `due` there is no checkpoint to wait for
+                # without `due` there is no checkpoint to wait for
+                leave = state["leave"] if "leave" in state else signalled(state)
                 if leave:
+                    ranks.end()
                     print(f"stopped after step {state['step']}; --resume continues", file=sys.stderr)
                     sys.exit(128 + leave)
     finally:
@@ -171,10 +172,14 @@ def finite(norm, state):
     return usable
 
 
+def signalled(state):
+    """The signal that ends the run, the same on all ranks; 0: none. A later one ends the next step."""
+    return int(ranks.reduce(torch.tensor(state["stop"]), "MAX"))
+
+
 def due(state, every):
     """Whether this step ends with a checkpoint: every so many do, and one after which the run stops."""
-    # all ranks or none; a signal that comes later ends the next step
-    state["leave"] = int(ranks.reduce(torch.tensor(state["stop"]), "MAX"))
+    state["leave"] = signalled(state)
     return state["leave"] or state["faults"] >= 3 or (every and state["step"] % every == 0)
 
 
@@ -221,38 +226,7 @@ def log(out, metrics, samples=()):
 
 
 def finish(out, args, script=None):
-    """At the end of a run: its main metrics before -> after, where things are, what to do with them."""
-    if not ranks.is_first():
-        return
-    metrics = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    print()
-    for name in {name: None for row in rows for name in row}:  # in the order of the file
-        if name in ("accuracy", "eval_utility") or name.startswith("pass@"):
-            values = [f"{row[name]:.3f}" for row in rows if row.get(name) is not None]
-            ends = values if len(values) < 2 else [values[0], values[-1]]
-            print(f"{name:14}{' -> '.join(ends)}")
-    for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
-        if path.exists():
-            print(f"{label:14}{path}")
-    if (out / "final").exists() and args.steps:  # with 0 steps this was the evaluation
-        print(f"{'evaluate it':14}{evaluate_command(out, args, script)}")
-    print(f"{'plot it':14}{shlex.join(['python', 'tools/plot.py', str(out)])}")
-
-
-def evaluate_command(out, args, script):
-    """The command of this run, with its final model and without training."""
-    replaced = ("--model", "--steps", "--output-dir")
-    kept = []
-    words = iter(sys.argv[1:])
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        if flag in replaced and not equals:
-            next(words, None)  # its value
-        elif flag not in (*replaced, "--resume"):
-            kept.append(word)
-    command = ["python", script or sys.argv[0], "--model", str(out / "final"), "--steps", "0"]
-    command += ["--output-dir", f"{out}-eval", *kept]
-    if (out / "reward_model").exists() and not args.reward_model:
-        command += ["--reward-model", str(out / "reward_model")]
-    return shlex.join(command)
+    """Say what has come out. `script` is what evaluates the model, if another one than that which runs."""
+    if ranks.is_first():
+        summary(out, args, script)
+    ranks.end()

@@ -1,6 +1,8 @@
-"""Screen: a step's numbers in aligned columns, its speed, and the memory that was used."""
+"""Screen: a step's numbers in aligned columns, its speed, the memory that was used; a run's summary."""
 
+import json
 import resource
+import shlex
 import sys
 
 import torch
@@ -51,3 +53,39 @@ def show(metrics):
     tqdm.write("  ".join(cells).rstrip())
     for level, scores in metrics.get("levels", {}).items():
         tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+
+def summary(out, args, script=None):
+    """Of a run that has ended: its main metrics before -> after, where things are, what to do with them."""
+    metrics = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    print()
+    for name in {name: None for row in rows for name in row}:  # in the order of the file
+        if name in ("accuracy", "eval_utility") or name.startswith("pass@"):
+            values = [f"{row[name]:.3f}" for row in rows if row.get(name) is not None]
+            ends = values if len(values) < 2 else [values[0], values[-1]]
+            print(f"{name:14}{' -> '.join(ends)}")
+    for label, path in ("metrics", metrics), ("samples", out / "samples.jsonl"), ("model", out / "final"):
+        if path.exists():
+            print(f"{label:14}{path}")
+    if (out / "final").exists() and args.steps:  # with 0 steps this was the evaluation
+        print(f"{'evaluate it':14}{evaluate_command(out, args, script)}")
+    print(f"{'plot it':14}{shlex.join(['python', 'tools/plot.py', str(out)])}")
+
+
+def evaluate_command(out, args, script):
+    """The command of this run, with its final model and without training."""
+    replaced = ("--model", "--steps", "--output-dir")
+    kept = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag in replaced and not equals:
+            next(words, None)  # its value
+        elif flag not in (*replaced, "--resume"):
+            kept.append(word)
+    command = ["python", script or sys.argv[0], "--model", str(out / "final"), "--steps", "0"]
+    command += ["--output-dir", f"{out}-eval", *kept]
+    if (out / "reward_model").exists() and not args.reward_model:
+        command += ["--reward-model", str(out / "reward_model")]
+    return shlex.join(command)
