@@ -185,6 +185,17 @@ def test_a_checkpoint_of_two_ranks_is_continued_on_any_number(count, replay, dat
         same_weights(replay / "whole/final", replay / "stopped/checkpoint-000002", 1e-5)
 
 
+@pytest.mark.parametrize("most, after", [(1.0, (0.6, 0.8)), (5.0, (3.0, 4.0)), (10.0, (3.0, 4.0))])
+def test_a_gradient_is_scaled_down_to_a_norm(most, after):
+    """Over all weights together; the norm before is returned."""
+    model = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1), torch.zeros(2)])
+    for p, slope in zip(model, (3.0, 4.0)):  # the third has no gradient
+        p.grad = torch.tensor([slope])
+    norm = ranks.clip_gradient(model, most)
+    assert type(norm) is float and norm == pytest.approx(5)
+    assert [p.grad.item() for p in model[:2]] == pytest.approx(after, rel=1e-5)
+
+
 @pytest.mark.parametrize("how", ["killed", "exception"])
 def test_a_rank_that_dies_ends_all(how, tmp_path, data):
     """No hang; the message is heard; the last checkpoint is whole."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -23,6 +24,7 @@ import common.tokenization as tok
 import grpo
 import sft
 from common.plumbing import data as plumbing_data
+from common.plumbing import runs as runs_of_plumbing
 
 GROUPS = ["grpo", "prefix_rft", "luffy"]
 
@@ -115,6 +117,24 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(name, run, tmp_path, 
     assert used == pytest.approx([5e-4 * w * d for w, d in ((0.5, 1), (1, 0.75), (1, 0.5), (1, 0.25))])
 
 
+@pytest.mark.parametrize(
+    "schedule, decay",
+    {
+        "constant": [1, 1, 1, 1],
+        "linear": [1, 3 / 4, 2 / 4, 1 / 4],
+        "cosine": [1, (1 + 2**-0.5) / 2, 1 / 2, (1 - 2**-0.5) / 2],
+    }.items(),
+)
+@pytest.mark.parametrize(
+    "warmup_steps, begun", [(0, [1, 1, 1, 1]), (1, [1, 1, 1, 1]), (3, [1 / 3, 2 / 3, 1, 1])]
+)
+def test_learning_rates(schedule, decay, warmup_steps, begun):
+    """From the first step to the last of four: warm-up times decay, never above --lr."""
+    args = SimpleNamespace(lr=0.5, steps=4, schedule=schedule, warmup_steps=warmup_steps)
+    rates = [runs_of_plumbing.learning_rate(step, args) for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.5 * x * y for x, y in zip(begun, decay)])
+
+
 # ---- seeds -----------------------------------------------------------------------------------------------
 
 
@@ -132,6 +152,19 @@ def test_another_seed_is_another_run(name, runs, run, tmp_path):
     other = run(name, tmp_path / "other", "--seed", 1, "--steps", 1, *QUICK)
     losses = [read_jsonl(out / "metrics.jsonl")[1]["entropy"] for out in (other, runs[name][0])]
     assert losses[0] != losses[1]
+
+
+def test_every_epoch_has_a_permutation_of_its_own():
+    """All rows once in each epoch, also where an epoch ends within a batch; the seed decides."""
+    torch.manual_seed(0)
+    batches = plumbing_data.shuffled_batches(10, steps=8, batch_size=4)
+    assert [len(batch) for batch in batches[:8]] == [4] * 8
+    order = torch.cat(batches)[:30].view(3, 10)
+    assert order.sort().values.tolist() == [[*range(10)]] * 3
+    assert len({*map(tuple, [[*range(10)], *order.tolist()])}) == 4
+    torch.manual_seed(0)
+    again = plumbing_data.shuffled_batches(10, steps=8, batch_size=4)
+    assert torch.equal(torch.cat(again), torch.cat(batches))
 
 
 # ---- kill and resume -------------------------------------------------------------------------------------
