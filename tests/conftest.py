@@ -27,6 +27,7 @@ from common.plumbing import runs as plumbing_runs  # noqa: E402
 torch.set_num_threads(1)  # one order of summation: bits can be compared
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sft": sft, "grpo": grpo, "prefix_rft": prefix_rft, "luffy": luffy}
+QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 
 
 def pytest_unconfigure():
@@ -40,6 +41,11 @@ def read_jsonl(path):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def finite(line):
+    """Whether a line of metrics.jsonl has no null, as NaN and infinity are written, and no skipped update."""
+    return None not in line.values() and line.get("skipped", 0) == 0
 
 
 @pytest.fixture(scope="session")

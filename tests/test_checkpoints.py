@@ -84,7 +84,7 @@ def joined(states):
     return first
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     rows=st.tuples(*[st.integers(1, 9)] * 3),
     writers=st.integers(1, 5),
@@ -152,7 +152,7 @@ def test_a_state_of_an_older_version_is_named(tmp_path):
         folders.load_state(tmp_path, None)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=12),
     count=st.integers(1, 5),

@@ -147,26 +147,29 @@ def test_a_preference_set_is_used_as_it_is(tmp_path):
         dpo.load_pairs(args)
 
 
-def sequence_logp(model, tokenizer, question, text):
-    """log pi(y | x) of one response from a plain forward pass, EOS included."""
+def sequence_logp(model, tokenizer, question, text, most=None):
+    """log pi(y | x) of one response from a plain forward pass, EOS included; of its first tokens only."""
     prompt = tok.encode_prompts(tokenizer, [question])[0]
-    ids = torch.tensor([prompt + tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]])
+    response = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + response[:most]])
     with torch.no_grad():
         logp = model(ids).logits[0, :-1].double().log_softmax(-1)
     return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
 
 
-def test_initial_log_probabilities_for_any_batch_size(tiny):
+@pytest.mark.parametrize("most", [3, 512])
+def test_initial_log_probabilities_for_any_batch_size(most, tiny):
+    """Of a response that is longer than --max-demo-tokens, as it is trained: truncated."""
     pairs = [
         ("What is 2?", "2 \\boxed{2}", "The answer is 3."),
         ("Compute 1 + 1.", "\\boxed{2}", "1 2 3 4 5"),
     ]
     for rows_at_once in (1, 3, 512):
-        args = dpo.parse_args(["--sample-rows", str(rows_at_once)])
+        args = dpo.parse_args(f"--sample-rows {rows_at_once} --max-demo-tokens {most}".split())
         rows = dpo.with_initial_logp(*tiny, pairs, args)
         assert [r["solution"] for r in rows] == [text for p in pairs for text in p[1:]]
         for row in rows:
-            want = sequence_logp(*tiny, row["question"], row["solution"])
+            want = sequence_logp(*tiny, row["question"], row["solution"], most)
             assert row["initial_logp"] == pytest.approx(want, abs=1e-3)
 
 

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, same_metrics, same_weights
+from conftest import QUICK, ROOT, read_jsonl, same_metrics, same_weights
 from datasets import Dataset
 from test_contract import ADDED, written_keys
 
@@ -15,8 +15,6 @@ import idft_hinted
 import opsd
 from common.plumbing import models
 from tiny.world import HINT
-
-QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 
 
 @pytest.fixture

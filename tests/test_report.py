@@ -478,6 +478,12 @@ def wrong(records, record):
 
 def test_made_up_records_are_what_the_study_would_run(full):
     assert [x for x in full if wrong(full, x)] == []
+    commands = {x["row"]: x.get("commands") for x in full if x["phase"] == "final"}
+    assert commands["answers: grpo"] == ["grpo.py --lr 0.0002"]
+    assert commands["few 64: sft, then grpo, same data"] == [
+        "sft.py --split few_64 --lr 0.0004 --steps 150",
+        "grpo.py --split few_64 --lr 0.0002 --steps 40",
+    ]
 
 
 @pytest.mark.parametrize(
