@@ -191,6 +191,14 @@ def test_a_folder_has_one_owner_while_its_process_lives(tmp_path):
     os.waitpid(child, 0)
 
 
+def test_a_folder_that_only_the_first_machine_sees_is_refused(monkeypatch, tmp_path):
+    """Under torchrun on two machines every rank writes its part of a checkpoint there."""
+    args = sft.parse_args(["--output-dir", str(tmp_path / "run")])
+    monkeypatch.setattr(runs.ranks, "is_first", lambda: False)  # so nobody makes it
+    with pytest.raises(BadInput, match="--output-dir .*run: not the same folder on all machines"):
+        runs.open_run(args)
+
+
 def test_a_folder_that_appears_while_the_model_is_read_is_not_moved_aside(tmp_path):
     out = tmp_path / "run"
 

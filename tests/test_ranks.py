@@ -3,6 +3,7 @@
 Run by torchrun, this file is the worker: it replays a recorded run of every script on each rank.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors import safe_open  # noqa: E402
 
 import common.tokenization as tok  # noqa: E402
 from common.plumbing import folders, models, ranks, runs, storage  # noqa: E402
+from common.plumbing.flags import BadInput  # noqa: E402
 
 FLAGS = {
     "sft": "--micro-batch-tokens 100",
@@ -194,6 +196,33 @@ def test_a_gradient_is_scaled_down_to_a_norm(most, after):
     norm = ranks.clip_gradient(model, most)
     assert type(norm) is float and norm == pytest.approx(5)
     assert [p.grad.item() for p in model[:2]] == pytest.approx(after, rel=1e-5)
+
+
+def test_the_group_is_closed_at_exit_only_if_the_work_of_all_ranks_is_done(monkeypatch, tmp_path):
+    """Closing it is collective with NCCL: a rank that fails would wait for the others, which wait for it."""
+    close, at_exit = ranks.dist.destroy_process_group, []
+    # progress bars register something, too
+    monkeypatch.setattr(ranks.atexit, "register", lambda f: at_exit.extend([f] * (f is close)))
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    for name in ranks.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
+        patch.setattr(ranks.dist, "get_rank", lambda: 0)
+        ranks.start()
+    assert at_exit == []
+    monkeypatch.setattr(ranks, "shard", lambda: (0, 1))
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    state = {"step": 0, "stop": 0, "faults": 3, "leave": 0}
+    with pytest.raises(BadInput, match="not finite"):
+        list(runs.steps(state, 1))
+    assert at_exit == []
+    state |= {"step": 0, "faults": 0, "leave": signal.SIGTERM}
+    with pytest.raises(SystemExit, match="143"):
+        list(runs.steps(state, 1))
+    assert at_exit == [close]
+    runs.finish(tmp_path / "nothing", argparse.Namespace(steps=1))
+    assert at_exit == [close, close]
 
 
 @pytest.mark.parametrize("how", ["killed", "exception"])
