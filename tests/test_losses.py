@@ -396,7 +396,7 @@ def prefix_lengths(step, n=400, letters=999, **changed):
 @pytest.mark.parametrize(
     "step, low", [(0, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (900, 0.05)]
 )
-def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low):
+def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low, monkeypatch):
     """l ~ U[low(step), .95] of 1,000 tokens: the lower bound falls, the upper bound stays."""
     drawn = prefix_lengths(step, prefix_decay_steps=500)
     assert abs(low - (0.05 + 0.45 * (1 + cos(pi * min(step, 500) / 500)))) < 1e-4  # the values above
@@ -404,6 +404,9 @@ def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low):
     assert ends[0] - 1 <= min(drawn) <= ends[0] + 0.02 * width + 1
     assert ends[1] - 0.02 * width - 1 <= max(drawn) <= ends[1]
     assert abs(np.mean(drawn) - (ends[0] + ends[1]) / 2) < 0.05 * width + 1
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the lower bound itself, which is that of this very step
+    [shortest] = prefix_lengths(step, 1, letters=99999, prefix_decay_steps=500)
+    assert abs(shortest - low * 100000) < 10
 
 
 def test_other_prefix_schedules():
@@ -424,7 +427,7 @@ def test_a_demonstration_is_whole():
 @pytest.mark.parametrize(
     "step, p", [(1, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (501, 0)]
 )
-def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
+def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p, monkeypatch):
     """k / 5 of y* without EOS, k ~ Binomial(5, p), p falls from .95 to .05 by a cosine; then nothing."""
     lengths = demonstration_lengths(step, 2000, letters=1000, uft_steps=500)  # and EOS
     fifths = np.bincount(np.array(lengths) // 200, minlength=6)
@@ -432,6 +435,9 @@ def test_uft_draws_how_many_fifths_from_a_binomial_distribution(step, p):
     for k, seen in enumerate(fifths / 2000):
         expected = comb(5, k) * p**k * (1 - p) ** (5 - k)
         assert abs(seen - expected) < 0.045, (k, seen, expected)  # four standard deviations at most
+    for drawn, length in ((p - 0.0005, 1000 * (p > 0)), (p + 0.0005, 0)):  # p of this very step
+        monkeypatch.setattr(torch, "rand", lambda n, drawn=drawn: torch.full((n,), drawn))
+        assert demonstration_lengths(step, 1, letters=1000, uft_steps=500) == [length]
 
 
 @pytest.mark.parametrize("draw", [prefix_rft.draw_prefix, luffy.draw_demonstration])
@@ -572,11 +578,11 @@ def test_a_group_of_correct_answers_has_zero_variance_whatever_their_lengths(tin
 
 @pytest.mark.parametrize("name", ["grpo", "prefix_rft", "luffy"])
 def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, monkeypatch):
-    """Verdicts decide, not rewards: two such groups differ in reward, the third has equal rewards."""
-    script, asked = SCRIPTS[name], []
-    rollout = script.rollout
-    verdicts = [1, 1], [0, 0], [1, 0]
-    rewards = [1, 0.5], [0, -0.5], [0, 0]
+    """Verdicts decide: the first group has equal rewards and stays, the others differ in reward."""
+    script, asked, sampled, trained = SCRIPTS[name], [], [], []
+    rollout, join = script.rollout, tok.join
+    verdicts = [1, 0], [1, 1], [0, 0]
+    rewards = [0, 0], [1, 0.5], [0, -0.5]
 
     def judged(model, tokenizer, rows, *more):
         groups = rollout(model, tokenizer, rows, *more)
@@ -584,12 +590,20 @@ def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, m
         for group, correct, reward in zip(groups, verdicts, rewards):
             for i, completion in enumerate(group):
                 completion |= {"correct": correct[i], "reward": reward[i]}
+        sampled.extend(groups)
         return groups
 
+    def remember(prompts, responses, device):
+        trained[:] = responses
+        return join(prompts, responses, device)
+
     monkeypatch.setattr(script, "rollout", judged)
+    monkeypatch.setattr(tok, "join", remember)
     few = "--steps 1 --group-size 2 --batch-size 3 --eval-questions 1 --eval-samples 0 --dynamic-sampling 1"
     run(name, tmp_path / name, *few.split(), "--overlong-tokens", 20)
     assert asked == [3, 2]
+    want = [completion["response"] for g in (0, 3, 4) for completion in sampled[g]]
+    assert len(trained) == 6 and all(a is b for a, b in zip(trained, want))
 
 
 # ---- the soft penalty on long responses ------------------------------------------------------------------

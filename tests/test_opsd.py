@@ -127,6 +127,8 @@ def test_a_teacher_without_the_solution_has_advantage_0(teacher, train):
     for line in metrics(out):
         assert line["adv_abs"] == line["kl_teacher"] == line["grad_norm"] == line["tokens_trained"] == 0
     same_weights(out / "final", ROOT / "tiny/model")
+    [line] = metrics(train("--hint-template", "{question}", "--kl-coef", 0.1, "--steps", 1))
+    assert line["adv_abs"] == 0 < line["tokens_trained"] == line["tokens_generated"]  # the KL has a gradient
 
 
 def test_metrics_of_the_advantage(train, monkeypatch):

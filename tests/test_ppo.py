@@ -560,6 +560,7 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
     names = "rollout score all_values gae policy_loss value_loss".split()
     rolls, logps, _, gaes, policies, errors = map(spy, names)
     flags = ["--kl-coef", 0.7, "--steps", 2, "--lr", 1e-3, "--max-new-tokens", 8, "--no-eos-score", -9]
+    flags += ["--value-clip", 0.3]
     train(tmp_path / "run", "--reward-model", whole / "reward_model", *flags, *QUICK)
     scorer = AutoModelForTokenClassification.from_pretrained(whole / "reward_model", num_labels=1).eval()
     for step in (0, 1):
@@ -570,7 +571,10 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
             assert at.tolist() == list(range(len(c["prompt"]), len(ids)))
             assert tokens[i, : len(ids)].tolist() == ids
             with torch.no_grad():
-                score = -9.0 if c["truncated"] else scorer(torch.tensor([ids])).logits[0, -1, 0].item()
+                plain = scorer(torch.tensor([ids])).logits[0, :, 0]
+            score = -9.0 if c["truncated"] else plain[-1].item()
+            if step == 0:  # the critic is still the reward model
+                torch.testing.assert_close(value[i, at], plain[at - 1], atol=1e-4, rtol=0)
             want = -0.7 * (old - ref)[i, at]
             want[-1] += score
             torch.testing.assert_close(rewards[i, at], want, atol=1e-4, rtol=0)
@@ -583,11 +587,14 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
     raw = torch.tensor(list(chain(*raw)))
     torch.testing.assert_close(returns[on], raw + value[on], atol=1e-4, rtol=0)
     white, used = (raw - raw.mean()) / raw.std(), []
-    for ((_, _, _, A, m, z, _), _), ((_, _, ret, _, _, _), _) in zip(policies[-2:], errors[-2:]):
-        used += zip(ret[m.bool()].tolist(), A[m.bool()].tolist())
+    for ((_, _, _, A, m, z, own), _), ((_, V, ret, _, _, clip), _) in zip(policies[-2:], errors[-2:]):
+        used += zip(*(x[m.bool()].tolist() for x in (ret, A, V)))
         assert z.unique().tolist() == pytest.approx([1 / mask.sum().item()])
-    want = 2 * [*zip(returns[on].tolist(), white.tolist())]  # in each of two epochs
+        assert own.kl_coef == 0 and clip == 0.3  # the KL is in the reward, and not once more in the loss
+    want = 2 * [*zip(returns[on].tolist(), white.tolist(), value[on].tolist())]  # in each of two epochs
     np.testing.assert_allclose(sorted(used), sorted(want), atol=2e-3)
+    for (now, V, _, m, _, _), _ in errors[::2]:  # in its first epoch a step starts from the values it has
+        torch.testing.assert_close(now[m.bool()], V[m.bool()], atol=1e-4, rtol=0)
 
 
 def test_the_critic_starts_as_the_reward_model_and_the_ratio_at_1(whole, train, tmp_path, spy):

@@ -291,22 +291,3 @@ def test_another_model_can_be_the_base(train, tmp_path, monkeypatch):
     runs.save_model(tmp_path / "other", other, tokenizer)
     interrupt(train, tmp_path / "run", 4, monkeypatch, "--base", tmp_path / "other")
     same_weights(tmp_path / "run" / "checkpoint-000003", tmp_path / "other")
-
-
-def test_the_temperature_is_for_sampling_and_not_for_training(train, tmp_path, monkeypatch):
-    sample, logprobs = rft.sample, rft.logprobs
-    sampled, trained = set(), set()  # temperatures
-
-    def watch_sample(model, tokenizer, prompts, temperature, args):
-        sampled.add(temperature)
-        return sample(model, tokenizer, prompts, temperature, args)
-
-    def watch_logprobs(model, tokens, mask, temperature):
-        if torch.is_grad_enabled():
-            trained.add(temperature)
-        return logprobs(model, tokens, mask, temperature)
-
-    monkeypatch.setattr(rft, "sample", watch_sample)
-    monkeypatch.setattr(rft, "logprobs", watch_logprobs)
-    train(tmp_path / "run", "--temperature", 0.7, "--rounds", 1, "--steps", 1)
-    assert sampled == {0.7, 0.0, 1.0} and trained == {1.0}
