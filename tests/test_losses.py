@@ -396,7 +396,7 @@ def prefix_lengths(step, n=400, letters=999, **changed):
 @pytest.mark.parametrize(
     "step, low", [(0, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (900, 0.05)]
 )
-def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low, monkeypatch):
+def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low):
     """l ~ U[low(step), .95] of 1,000 tokens: the lower bound falls, the upper bound stays."""
     drawn = prefix_lengths(step, prefix_decay_steps=500)
     assert abs(low - (0.05 + 0.45 * (1 + cos(pi * min(step, 500) / 500)))) < 1e-4  # the values above
@@ -404,7 +404,13 @@ def test_the_lower_bound_of_the_prefix_length_follows_a_cosine(step, low, monkey
     assert ends[0] - 1 <= min(drawn) <= ends[0] + 0.02 * width + 1
     assert ends[1] - 0.02 * width - 1 <= max(drawn) <= ends[1]
     assert abs(np.mean(drawn) - (ends[0] + ends[1]) / 2) < 0.05 * width + 1
-    monkeypatch.setattr(torch, "rand", torch.zeros)  # the lower bound itself, which is that of this very step
+
+
+@pytest.mark.parametrize(
+    "step, low", [(0, 0.95), (125, 0.8182), (250, 0.5), (375, 0.1818), (500, 0.05), (900, 0.05)]
+)
+def test_the_shortest_prefix_is_that_of_this_very_step(step, low, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)
     [shortest] = prefix_lengths(step, 1, letters=99999, prefix_decay_steps=500)
     assert abs(shortest - low * 100000) < 10
 
