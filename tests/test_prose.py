@@ -122,8 +122,10 @@ def test_numbers_of_the_findings_are_measured():
     assert f"the base has {of('base', 'primary')}, and {easy} on levels 4 to 6" in text
     gains = [f"{of('base', name)} to {of('answers: grpo', name)}" for name in ("greedy", "pass@8")]
     assert f"greedy accuracy from {gains[0]} and pass@8 from {gains[1]}." in text
-    prefix = [of(f"easy: prefix_rft, {x}", "primary", "easy") for x in ("prefix not trained", "whole prefix")]
-    assert f"Without it, it has {prefix[0]} there, near GRPO; with it on all prefix tokens, {prefix[1]}." in text
+    none, whole = (
+        of(f"easy: prefix_rft, {x}", "primary", "easy") for x in ("prefix not trained", "whole prefix")
+    )
+    assert f"Without it, it has {none} there, near GRPO; with it on all prefix tokens, {whole}." in text
     complete = sum(not records.lacking(found, row.key) for row in ROWS)
     assert f"**{complete} of {len(ROWS)} rows have been run**" in text
 
