@@ -14,6 +14,7 @@ from test_logprob import BOUND, check, inputs
 import common.tokenization as tok
 import grpo
 import sft
+from common.logprob import token_logprobs
 from common.plumbing import models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -39,6 +40,16 @@ def bound(dtype, d):
 def test_the_compiled_kernels_against_float64(shape, dtype):
     args = [x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs(*shape, dtype, ignore=0.2)]
     check(args, 0.7, bound(dtype, shape[1]), BOUND if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_rank_without_rows_adds_no_gradient(dtype):
+    """Under torchrun it computes with no tokens at all, as all ranks have equal numbers of micro-batches."""
+    h, w, *_ = inputs(0, 128, 479, dtype)
+    h, w = (x.detach().cuda().requires_grad_() for x in (h, w))
+    logp, entropy = token_logprobs(h, w, torch.full((0,), -100, device=h.device))
+    dh, dw = torch.autograd.grad(logp.sum() + entropy.sum(), (h, w))
+    assert logp.shape == entropy.shape == (0,) and dh.shape == h.shape and dw.eq(0).all()
 
 
 def on_cpu(patch):
