@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import SCRIPTS, read_jsonl
 
 import common.tokenization as tok
 import grpo
@@ -610,6 +610,9 @@ def test_groups_all_correct_or_all_incorrect_are_replaced(name, run, tmp_path, m
     assert asked == [3, 2]
     want = [completion["response"] for g in (0, 3, 4) for completion in sampled[g]]
     assert len(trained) == 6 and all(a is b for a, b in zip(trained, want))
+    # the replaced groups were generated, too; copied tokens of a demonstration were not
+    drawn = [len(c["response"]) - c.get("prefix_len", 0) for group in sampled for c in group]
+    assert read_jsonl(tmp_path / name / "metrics.jsonl")[-1]["tokens_generated"] == sum(drawn)
 
 
 # ---- the soft penalty on long responses ------------------------------------------------------------------
