@@ -125,7 +125,8 @@ def test_numbers_of_the_findings_are_measured():
     none, whole = (
         of(f"easy: prefix_rft, {x}", "primary", "easy") for x in ("prefix not trained", "whole prefix")
     )
-    assert f"Without it, it has {none} there, near GRPO; with it on all prefix tokens, {whole}." in text
+    assert f"Without it pass@1 is {none} there" in text
+    assert f"with all prefix tokens trained it is {whole}, too." in text
     complete = sum(not records.lacking(found, row.key) for row in ROWS)
     assert f"**{complete} of {len(ROWS)} rows have been run**" in text
 

@@ -149,6 +149,7 @@ def test_ranks_stay_equal_to_the_bit_and_share_the_work(replay):
     assert len(set(map(tuple, first))) > 1 and first != second
     assert a["bf16"] == b["bf16"] and a["bf16"] < 0.05  # |ratio - 1| of the sampling copy
     assert a["copy"] == "cpu" and a["copy later"] == "meta", "the copy holds memory while the model trains"
+    assert a["first hook"] == "release"
     assert a["skipped"] == b["skipped"] == [1, True]
 
 
@@ -315,6 +316,8 @@ def twenty_steps(folder, data):
     torch.manual_seed(0)
     seen["samples"] = grpo.sample(model, tokenizer, prompts, 1.5, args)[0]
     seen["copy"] = next(models.COPIES[model].parameters()).device.type
+    # FSDP's hook gathers the root's weights, for which the copy has to give way first
+    seen["first hook"] = next(iter(model._forward_pre_hooks.values())).__name__
     seen["greedy"] = grpo.sample(model, tokenizer, others, 0.0, args)[0]
     seen["rewrites"] = rewrites(model, tokenizer, others)
     with torch.autocast("cpu", torch.bfloat16):

@@ -84,7 +84,7 @@ def open_folder(out, state, args, model_bytes):
 
 
 def demand_shared(out):
-    """Under torchrun every rank writes into the folder of the run, on several machines, too."""
+    """Every rank writes its part of a checkpoint here, so all machines must see the folder."""
     sentence = "not the same folder on all machines; put it on a file system that all of them see"
     demand((out / "args.json").exists(), f"--output-dir {out}: {sentence}.")
 

@@ -226,7 +226,7 @@ def log(out, metrics, samples=()):
 
 
 def finish(out, args, script=None):
-    """Say what has come out. `script` is what evaluates the model, if another one than that which runs."""
+    """Say what has come out. `script` evaluates the model; by default the one that runs."""
     if ranks.is_first():
         summary(out, args, script)
     ranks.end()

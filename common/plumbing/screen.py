@@ -55,7 +55,7 @@ def show(metrics):
         tqdm.write(f"  level {level:20}" + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 
-def summary(out, args, script=None):
+def summary(out, args, script):
     """Of a run that has ended: its main metrics before -> after, where things are, what to do with them."""
     metrics = out / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
