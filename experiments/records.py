@@ -36,10 +36,7 @@ WHOLE = {"pass@8": "pass@8", "harder": "harder@0.6", "side": "side@0.6"}
 WHOLE |= {name: name for name in ("kl", "entropy", "length", "truncated")}
 
 
-def read(path=study.RECORDS):
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
+read = study.read_records  # of any such file
 
 # ---- rows ------------------------------------------------------------------------------------------------
 

@@ -264,8 +264,9 @@ def measure(folder):
 # ---- the study -------------------------------------------------------------------------------------------
 
 
-def read_records():
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+def read_records(path=RECORDS):
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def work(rows, runs, deadline, lock, running, failures):

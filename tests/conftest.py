@@ -22,6 +22,7 @@ import grpo  # noqa: E402
 import luffy  # noqa: E402
 import prefix_rft  # noqa: E402
 import sft  # noqa: E402
+from common.plumbing import models  # noqa: E402
 from common.plumbing import runs as plumbing_runs  # noqa: E402
 
 torch.set_num_threads(1)  # one order of summation: bits can be compared
@@ -132,6 +133,23 @@ def pad_is_eos(tmp_path_factory):
     eos = tokenizer.eos_token_id
     gpt2(len(tokenizer), eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""
+    load, scorer = models.load_model, models.load_scorer
+
+    def double(*args):
+        model, tokenizer = load(*args)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(models, "load_model", double)
+    monkeypatch.setattr(models, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, same_metrics, same_weights, write_jsonl
+from conftest import ROOT, Killed, read_jsonl, same_metrics, same_weights, write_jsonl
 
 import common.tokenization as tok
 import dpo
@@ -234,9 +234,6 @@ def test_a_run(whole):
 def test_an_interrupted_run_resumes_with_the_same_bits_and_samples_nothing(
     whole, train, tmp_path, stop, monkeypatch
 ):
-    class Killed(Exception):
-        pass
-
     log = runs.log
 
     def dies(out, metrics, samples=()):

@@ -2,31 +2,13 @@
 
 import pytest
 import torch
-from conftest import SCRIPTS, read_jsonl, same_metrics, same_weights
+from conftest import QUICK, SCRIPTS, read_jsonl, same_metrics, same_weights
 
 import common.tokenization as tok
 import grpo
 import sft
 from common.plumbing import models
 
-
-@pytest.fixture
-def float64(monkeypatch):
-    """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""
-    load = models.load_model
-
-    def double(*args):
-        model, tokenizer = load(*args)
-        return model.double(), tokenizer
-
-    monkeypatch.setattr(models, "load_model", double)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-QUICK = ["--eval-questions", 1, "--eval-samples", 0, "--save-every", 0]
 DENSE = ["--overlong-tokens", 40]  # rewards differ by length too: few groups have zero variance
 
 

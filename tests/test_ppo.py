@@ -8,7 +8,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finite, gpt2, read_jsonl, same_metrics, same_weights, weights, write_jsonl
+from conftest import (
+    QUICK,
+    ROOT,
+    Killed,
+    finite,
+    gpt2,
+    read_jsonl,
+    same_metrics,
+    same_weights,
+    weights,
+    write_jsonl,
+)
 from test_contract import ADDED, written_keys
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
@@ -484,8 +495,6 @@ def test_micro_batches_change_no_reward_model(fit, float64):
 
 # ---- PPO -------------------------------------------------------------------------------------------------
 
-QUICK = ["--eval-questions", 2, "--eval-samples", 0, "--save-every", 0]
-
 
 @pytest.fixture(scope="module")
 def train(small):
@@ -648,23 +657,6 @@ def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
 # ---- one method is another -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def float64(monkeypatch):
-    """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""
-    load, scorer = models.load_model, models.load_scorer
-
-    def double(*args):
-        model, tokenizer = load(*args)
-        return model.double(), tokenizer
-
-    monkeypatch.setattr(models, "load_model", double)
-    monkeypatch.setattr(models, "load_scorer", lambda *a, **k: scorer(*a, **k).double())
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_with_the_group_mean_as_critic_it_is_grpo(scorer, small, tmp_path, float64, monkeypatch):
     """With lambda = 1, no KL, one epoch and V the group mean, advantage and update are Dr. GRPO's."""
     rollout, latest, calls = ppo.rollout, [], []
@@ -708,10 +700,6 @@ def test_micro_batches_of_one_row_are_one_batch(whole, train, tmp_path, float64)
 
 
 # ---- the script ------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
 
 
 KILLS = {

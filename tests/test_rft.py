@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, same_metrics, same_weights, weights
+from conftest import ROOT, Killed, read_jsonl, same_metrics, same_weights, weights
 from datasets import Dataset
 
 import common.tokenization as tok
@@ -218,10 +218,6 @@ def test_a_run(whole):
         assert line["tokens_generated"] == sum(s["tokens"] for s in mine)
     lr = [x["lr"] for x in lines if "loss" in x]
     assert lr[:3] == lr[3:] and lr[0] < lr[1] > lr[2]  # each round has its own schedule
-
-
-class Killed(Exception):
-    pass
 
 
 def interrupt(train, out, at, monkeypatch, *more, key="loss"):
