@@ -36,7 +36,8 @@ WHOLE = {"pass@8": "pass@8", "harder": "harder@0.6", "side": "side@0.6"}
 WHOLE |= {name: name for name in ("kl", "entropy", "length", "truncated")}
 
 
-read = study.read_records  # of any such file
+read = study.read_records  # retention.py has records of the same form
+
 
 # ---- rows ------------------------------------------------------------------------------------------------
 
