@@ -249,7 +249,7 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args)
-    pairs = load_pairs(args, test) if args.pairs else None
+    pairs = load_pairs(args, test) if args.pairs else []
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -264,7 +264,7 @@ def main(args):
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
             began = time.time()
             generated = 0  # tokens
-            if not pairs:
+            if args.steps and not pairs:
                 pairs, generated = sample_pairs(model, tokenizer, train, args)
             rows = with_initial_logp(model, tokenizer, pairs, args)
             costs = {"tokens_generated": generated, "seconds_sample": time.time() - began}

@@ -223,8 +223,9 @@ def judged(model, tokenizer, kind, questions, golds, prompts, responses, args):
     phi = centered(model, prompts, responses, args) / lengths  # mean over tokens, [N]
     metrics = {f"verified_{kind}": correct.float().mean()}
     metrics[f"phi_{kind}"] = phi[correct].mean()
-    # demonstrations are only measured; a response as long as the budget has no EOS
-    kept = correct & (lengths < args.max_new_tokens) & (kind != "demo")
+    stops = tok.stop_ids(tokenizer, model.config)
+    ended = torch.tensor([ids[-1] in stops for ids in responses])  # truncated ones are left out
+    kept = correct & ended & (kind != "demo")  # demonstrations are only measured
     rows = []
     for question, text, keep in zip(questions, texts, kept.tolist()):
         rows.append({"kind": kind, "question": question, "solution": text, "kept": keep})
@@ -245,7 +246,9 @@ def on_policy_demonstrations(model, tokenizer, rows, args):
     demos = [tok.encode_response(tokenizer, y)[: args.max_demo_tokens] for y in solutions]
     own, _ = sample(model, tokenizer, prompts, args.temperature, args)
     correct = math_reward(tok.decode_responses(tokenizer, own), golds)
-    failed = [i for i, verdict in enumerate(correct) if not verdict]
+    stops = tok.stop_ids(tokenizer, model.config)
+    ended = [ids[-1] in stops for ids in own]
+    failed = [i for i in range(len(own)) if not (correct[i] and ended[i])]
     hinted = [hints[i] for i in failed]
     student = [prompts[i] for i in failed]
     rewrites = rewrite(model, tokenizer, hinted, student, args)
@@ -303,6 +306,8 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args, demonstrations=True)
+    if args.hinted == "on":
+        train = data.with_gold(train, args)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -322,7 +327,6 @@ def main(args):
             errors = phi.mean() / phi.std() * len(phi) ** 0.5
             print(f"self-check: phi of on-policy samples is {errors:.1f} standard errors from 0")
             if args.hinted == "on":
-                train = data.with_gold(train, args)
                 rows = data.subset(train, args.steps * args.batch_size, args.seed)
                 runs.log(out, *on_policy_demonstrations(model, tokenizer, rows, args))
         runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # samples are kept

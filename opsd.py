@@ -278,7 +278,8 @@ def main(args):
     if args.kl_coef or args.teacher == "initial":
         reference, _ = models.load_model(args.model)  # pi_ref, frozen
     teacher = reference if args.teacher == "initial" else model
-    train = with_hints(model, tokenizer, train, args)
+    if args.steps:  # else nothing is trained
+        train = with_hints(model, tokenizer, train, args)
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32

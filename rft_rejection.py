@@ -264,11 +264,11 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     asked, test = data.load_splits(args, demonstrations=args.add_gold)
+    if args.add_gold:
+        asked = data.with_gold(asked, args)
     models.check_same_shapes(args.model, args.base)
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
-    if args.add_gold:
-        asked = data.with_gold(asked, args)
     asked = data.subset(asked, args.questions, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
@@ -301,6 +301,7 @@ def main(args):
             if args.restart == "base":  # better samples, but the same initial weights
                 base, _ = models.load_model(args.base or args.model)
                 model.load_state_dict(base.state_dict())
+                del base  # or training would hold a second model in memory
                 optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
             now = state | {"step": earlier}
             runs.save_model(out / f"checkpoint-{earlier:06}", model, tokenizer, optimizer, now)

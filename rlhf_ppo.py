@@ -436,9 +436,9 @@ def agreement(scores, pairs, slope):
     margins = scores[:, 0] - scores[:, 1]  # [P]
     agree = margins > 0  # with the label
     metrics = {"pair_accuracy": agree.sum().item() / len(agree)}
-    if pairs[0].get("utility_chosen") is not None:
-        gaps = [pair["utility_chosen"] - pair["utility_rejected"] for pair in pairs]
-        bounds = [1 / (1 + exp(-slope * abs(gap))) for gap in gaps]
+    utilities = [(pair.get("utility_chosen"), pair.get("utility_rejected")) for pair in pairs]
+    if not any(None in both for both in utilities):
+        bounds = [1 / (1 + exp(-slope * abs(u - v))) for u, v in utilities]
         metrics["pair_accuracy_max"] = sum(bounds) / len(bounds)
     confidence = margins.abs().sigmoid()
     tenths = (10 * confidence).int().clamp(max=9)  # [P]
@@ -467,7 +467,7 @@ def main(args):
     out, state, model, tokenizer = runs.open_run(args)
     reference, _ = models.load_model(args.model)  # pi_ref, frozen
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
-    critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, new_head=True)
+    critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, not args.reward_model)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
     optimizer = torch.optim.AdamW(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
@@ -491,6 +491,10 @@ def main(args):
         return
     reward_model = models.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # starts as R
+    if args.reward_model and args.eval_first == "on" and not args.resume:  # else stage 2 logs it
+        with autocast:
+            first = evaluate_reward(model, reference, reward_model, tokenizer, test, args)
+        runs.log(out, {"step": 0} | first)
     state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}
     # in PPO the KL penalty is in the reward, not in the loss
     loss_args = argparse.Namespace(**(vars(args) | {"kl_coef": 0.0}))

@@ -160,7 +160,7 @@ def spelling(tokenizer, vocabulary, text):
     for n in range(len(text)):
         row = []
         for piece in pieces:
-            end = text[:n] + piece
+            end = text[:n] + (piece or "")  # a tokenizer may have ids without a token
             matched = [k for k in range(len(text)) if end.endswith(text[:k])]
             row.append(len(text) if text in end else max(matched))
         table.append(row)

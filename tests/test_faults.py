@@ -452,6 +452,29 @@ BAD = {  # flags: what the sentence says, and in which scripts
     "--pairs {one}": (f"column chosen: {NO_COLUMN}", ("dpo",)),
     "--preferences nowhere/at-all": ("--preferences nowhere/at-all: no data file", ("rlhf_ppo",)),
     "--reward-model nowhere/at-all": ("--reward-model nowhere/at-all cannot be loaded", ("rlhf_ppo",)),
+    "--pairs {long_pairs}": ("row 1: 6006 tokens of prompt and 3 of response exceed", ("dpo",)),
+    "--preferences {long_pairs}": ("row 1: 6006 tokens of prompt and 3 of response exceed", ("rlhf_ppo",)),
+    "--k 1": ("--k 1: a pair is a correct and an incorrect sample; must be at least 2", ("dpo",)),
+    "--restart continue --base tiny/model": (
+        "--base tiny/model: only --restart base begins a round with it",
+        ("rft_rejection",),
+    ),
+    "--reward-model tiny/model --preferences x": (
+        "--preferences x: a reward model is given, so none is fitted",
+        ("rlhf_ppo",),
+    ),
+    "--reward-model tiny/model --stop-after reward": (
+        "--stop-after reward: a reward model is given, so none is fitted",
+        ("rlhf_ppo",),
+    ),
+    "--add-gold --data {no_gold} --eval-data {data}/test.jsonl": (
+        "--solution-key solution: not one gold answer parses",
+        ("rft_rejection",),
+    ),
+    "--data {no_gold} --eval-data {data}/test.jsonl": (
+        "--solution-key solution: not one gold answer parses",
+        ("idft_hinted",),
+    ),
     "--resume": "--resume: there is no checkpoint in ",
     "--output-dir {file}/run": "cannot be written",
     "--output-dir {file}": "cannot be written",
@@ -473,6 +496,7 @@ def files(tmp_path_factory, data):
     """The names in braces in BAD: files and folders with something wrong."""
     folder = tmp_path_factory.mktemp("bad")
     good = {"question": "a?", "answer": "1", "solution": "1"}
+    pair = {"prompt": "a?", "chosen": "yes", "rejected": "no"}
     rows = {
         "one": [good],
         "blank": [good, good | {"question": " "}],
@@ -483,6 +507,8 @@ def files(tmp_path_factory, data):
         "golds": [good | {"question": f"{i}?", "answer": ""} for i in range(12)],
         "long": [good, good | {"question": "word " * 3000}] * 6,
         "long_demo": [good, good | {"solution": "word " * 3000}] * 6,
+        "no_gold": [{"question": f"{i}?", "solution": "so be it"} for i in range(12)],
+        "long_pairs": [pair, pair | {"prompt": "word " * 3000}] * 6,
     }
     for name, lines in rows.items():
         write_jsonl(folder / f"{name}.jsonl", lines)
@@ -534,6 +560,18 @@ def test_bad_input_gets_one_sentence(name, arguments, files, earlier, capsys):
             said = refused(SCRIPTS[name], arguments(name, earlier, *given.format(**files).split()), capsys)
             assert words.replace("{data}", files["data"]) in said, (given, said)
             assert tree(earlier.parent) == before, given
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "rlhf_ppo"])
+def test_0_steps_need_no_demonstrations(name, arguments, tmp_path):
+    """They only evaluate: questions and answers will do, and dpo.py makes no pairs."""
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+    path = write_jsonl(tmp_path / "own.jsonl", rows)
+    out, script = tmp_path / "run", SCRIPTS[name]
+    script.main(script.parse_args(arguments(name, out, "--data", path, "--steps", 0)))
+    first, *others = read_jsonl(out / "metrics.jsonl")
+    assert 0 <= first["accuracy"] <= 1 and not any("tokens_trained" in line for line in others)
+    assert all(line["kind"] == "evaluation" for line in read_jsonl(out / "samples.jsonl"))
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -620,7 +658,7 @@ def test_a_number_out_of_range_is_named(name, arguments, earlier, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_unknown_flag_or_word_is_named(name, arguments, tmp_path, capsys):
-    for more in ("--learning-rate 1", "--batch-size many", "--dtype fp16", "--schedule"):
+    for more in ("--learning-rate 1", "--step 1", "--batch-size many", "--dtype fp16", "--schedule"):
         with pytest.raises(SystemExit) as stop:
             SCRIPTS[name].parse_args(arguments(name, tmp_path, *more.split()))
         assert stop.value.code == 2 and more.split()[0] in capsys.readouterr().err

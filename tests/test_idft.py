@@ -341,6 +341,18 @@ def test_on_policy_demonstrations_that_are_all_correct(tiny, monkeypatch):
     assert [s["kind"] for s in found if s["kept"]] == ["own", "own"]
 
 
+def test_an_own_solution_counts_if_eos_ends_it(tiny, monkeypatch):
+    """Also with the last token of the budget. A correct one that is truncated is rewritten, too."""
+    whole = tok.encode_response(tiny[1], "\\boxed{1}")
+    monkeypatch.setattr(idft, "sample", lambda *_: ([whole, whole[:-1]], None))
+    monkeypatch.setattr(idft, "rewrite", lambda *_: [whole])
+    rows = {"question": list("ab"), "solution": ["\\boxed{1}"] * 2, "gold": list("11")}
+    args = idft.parse_args(["--max-new-tokens", str(len(whole))])
+    metrics, found = idft.on_policy_demonstrations(*tiny, rows, args)
+    assert metrics["verified_own"] == 1
+    assert [(s["kind"], s["question"]) for s in found if s["kept"]] == [("own", "a"), ("hinted", "b")]
+
+
 def test_the_hint_template_is_that_of_the_tiny_models_training():
     assert idft.parse_args([]).hint_template == HINT
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 import common.tokenization as tok
 import grpo
 import rlhf_ppo as ppo
-from common.plumbing import annotator, models, runs
+from common.plumbing import annotator, data, models, runs
 from common.plumbing.flags import BadInput
 from common.plumbing.storage import read_state
 from tiny import make_tiny
@@ -405,7 +405,9 @@ def test_agreement_accuracy_bound_and_confidence(capsys):
         "2 pairs with confidence 0.8: accuracy 0.50",
         "1 pairs with confidence 0.9: accuracy 1.00",
     ]
-    assert "pair_accuracy_max" not in ppo.agreement(scores, [{}] * 4, 2.0)
+    pairs[1]["utility_rejected"] = None  # not a number in the user's file
+    for unknown in (pairs, [{}] * 4):
+        assert "pair_accuracy_max" not in ppo.agreement(scores, unknown, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -751,10 +753,12 @@ def test_stage_3_alone(whole, train, tmp_path):
     same_weights(whole / "final", out / "final")  # the same steps
 
 
-def test_0_steps_only_evaluate(whole, train, tmp_path):
+def test_0_steps_only_evaluate(whole, train, tmp_path, capsys):
     out = train(tmp_path / "run", "--reward-model", whole / "reward_model", "--steps", 0)
-    [line] = read_jsonl(out / "metrics.jsonl")
-    assert line["step"] == 0 and 0 <= line["accuracy"] <= 1
+    line, scores = read_jsonl(out / "metrics.jsonl")
+    assert line["step"] == scores["step"] == 0 and 0 <= line["accuracy"] <= 1
+    assert scores["eval_kl"] == pytest.approx(0, abs=1e-4) and scores["eval_utility"] > 0
+    assert "eval_utility" in capsys.readouterr().out  # of the summary
     same_weights(out / "final", ROOT / "tiny/model")
 
 
@@ -774,6 +778,21 @@ def test_a_published_preference_set(train, tmp_path):
     assert line["accuracy"] == 0 and line["step"] == 1
     with pytest.raises(BadInput, match="--answer-key"):
         train(tmp_path / "other", *more, "--steps", 1, *QUICK)
+
+
+def test_a_person_ranks_questions_whose_answer_does_not_parse(tmp_path):
+    rows = [{"question": "Why?", "answer": "proof"}, {"question": "1 + 1?", "answer": "2"}]
+    own, held_out = write_jsonl(tmp_path / "own.jsonl", rows), f"{ROOT}/tiny/data/test.jsonl"
+    for who, asked in (("human", ["Why?", "1 + 1?"]), ("simulated", ["1 + 1?"])):
+        args = ppo.parse_args(["--data", own, "--eval-data", held_out, "--annotator", who])
+        train, _ = data.load_splits(args, no_gold=args.annotator == "human")
+        assert train["question"][:] == asked and train["gold"][-1] == "2"
+
+
+def test_a_language_model_as_reward_model_is_refused_before_the_evaluation(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "evaluate", None)  # would be a TypeError
+    with pytest.raises(BadInput, match="--reward-model tiny/model: it has no scalar head"):
+        train(tmp_path / "run", "--reward-model", "tiny/model")
 
 
 def test_three_completions_of_a_question_give_up_to_three_pairs(train, tmp_path):

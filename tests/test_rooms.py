@@ -25,9 +25,10 @@ ARROWS = {  # module -> the modules that it imports, all of which stand above it
     "plumbing.memory": "plumbing.flags plumbing.ranks plumbing.configs",
     "plumbing.models": "plumbing.flags plumbing.ranks plumbing.configs plumbing.heads",
     "plumbing.examples": "tokenization plumbing.flags plumbing.configs",
-    "plumbing.tables": "plumbing.flags plumbing.columns plumbing.examples",
-    "plumbing.data": "tokenization verifier plumbing.flags plumbing.ranks plumbing.columns"
-    " plumbing.configs plumbing.examples plumbing.tables",
+    "plumbing.lengths": "tokenization plumbing.flags plumbing.configs plumbing.examples",
+    "plumbing.tables": "plumbing.flags plumbing.columns plumbing.examples plumbing.lengths",
+    "plumbing.data": "verifier plumbing.flags plumbing.ranks plumbing.columns"
+    " plumbing.configs plumbing.examples plumbing.lengths plumbing.tables",
     "plumbing.cuda_graph": "",
     "plumbing.decoding": "tokenization plumbing.ranks plumbing.models plumbing.cuda_graph",
     "plumbing.storage": "plumbing.ranks",
@@ -151,7 +152,7 @@ def test_summary_of_a_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "final").mkdir()
     lines = [{"step": 0, "accuracy": 0.25, "pass@1": 0.5}, {"step": 1}, {"step": 2, "accuracy": 0.75}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(sys, "argv", "sft.py --lr 1e-3 --steps 9 --model=x --resume".split())
+    monkeypatch.setattr(sys, "argv", "sft.py --lr 1e-3 --steps 9 --model=x --resume --eval-first off".split())
     runs.finish(tmp_path, args)
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.strip().splitlines()]
     assert said[:2] == [["accuracy", "0.250 -> 0.750"], ["pass@1", "0.500"]]

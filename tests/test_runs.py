@@ -24,7 +24,9 @@ import common.tokenization as tok
 import grpo
 import sft
 from common.plumbing import data as plumbing_data
+from common.plumbing import models
 from common.plumbing import runs as runs_of_plumbing
+from common.plumbing.flags import BadInput
 
 GROUPS = ["grpo", "prefix_rft", "luffy"]
 
@@ -407,3 +409,47 @@ def test_a_checkpoint_is_a_model_for_the_next_script(runs, run, tmp_path):
     """SFT, then GRPO, then Prefix-RFT are three commands."""
     first = run("grpo", tmp_path / "grpo", "--model", runs["sft"][0] / "final", "--steps", 1, *QUICK)
     run("prefix_rft", tmp_path / "prefix_rft", "--model", first / "final", "--steps", 1, *QUICK)
+
+
+# ---- what a killed or broken write leaves ----------------------------------------------------------------
+
+
+def test_a_folder_is_saved_again_beside_what_a_killed_save_has_left(tiny, tmp_path):
+    """Killed between two renames and the removal: then the folder and its .old are both there."""
+    for name in ("final", "final.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    runs_of_plumbing.save_model(tmp_path / "final", *tiny)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final/model.safetensors").exists() and not (tmp_path / "final/file").exists()
+
+
+def test_rows_are_read_without_being_written(tmp_path):
+    """Only half a row at the end is removed, in place: a person's rankings are never written again."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"row": 1}\n{"row": 2}\n')
+    path.chmod(0o444)
+    before = path.stat().st_mtime_ns
+    assert [line["row"] for line in runs_of_plumbing.read_jsonl(path)] == [1, 2]
+    assert path.stat().st_mtime_ns == before
+    path.chmod(0o644)
+    path.write_text('{"row": 1}\n{"row": "\u00e9')
+    assert [line["row"] for line in runs_of_plumbing.read_jsonl(path)] == [1]
+    assert path.read_text() == '{"row": 1}\n'
+    assert runs_of_plumbing.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_rows_that_cannot_be_written_are_one_sentence(tmp_path):
+    with pytest.raises(BadInput, match="rows.jsonl cannot be written"):
+        runs_of_plumbing.append(tmp_path / "none/rows.jsonl", [{}])
+
+
+def test_a_generation_configuration_with_values_that_it_ignores_is_saved(tiny, tmp_path):
+    """transformers saves it as it is, but not with another EOS; a run would end at its first checkpoint."""
+    folder = shutil.copytree(ROOT / "tiny/model", tmp_path / "model")
+    settings = {"eos_token_id": 5, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model, tokenizer = models.load_model(folder)
+    runs_of_plumbing.save_model(tmp_path / "final", model, tokenizer)
+    saved = json.loads((tmp_path / "final/generation_config.json").read_text())
+    assert 5 in saved["eos_token_id"] and "temperature" not in saved

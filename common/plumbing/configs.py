@@ -94,6 +94,12 @@ def write_stop_ids(model, tokenizer):
     for place in (config, model.config, model.generation_config):
         if sorted(as_list(getattr(place, "eos_token_id", None))) != stops:
             place.eos_token_id = stops if len(stops) > 1 else stops[0]
+            if place is model.generation_config and not place.do_sample:
+                for name in OF_SAMPLING:  # once changed, it is not saved with values that it ignores
+                    setattr(place, name, None)
+
+
+OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 # ---- positions -------------------------------------------------------------------------------------------

@@ -9,11 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
-from common.plumbing import configs, examples, flags, ranks
+from common.plumbing import configs, examples, flags, lengths, ranks
 from common.plumbing.columns import split_names
 from common.plumbing.flags import demand
 from common.plumbing.tables import key, load_pairs, load_questions, load_split, without_questions
-from common.tokenization import encode_prompts, encode_response
 from common.verifier import check_gold, extract_answer
 
 __all__ = ["load_pairs", "load_split"]  # of tables.py, for the scripts
@@ -38,37 +37,6 @@ def check_sources(args, test):
         configs.read_folder(AutoConfig, args.reward_model, "--reward-model")
 
 
-def check_lengths(rows, name, args, demonstrations=False):
-    """Each prompt and its response must fit into the positions of the model.
-
-    A row is encoded only where that is in question: a token stands for at least one byte.
-    """
-    config = configs.load_config(args)
-    tokenizer = configs.load_tokenizer(args)
-    positions = configs.max_positions(config)
-    frame = examples.frame(tokenizer, args)
-    budget = args.max_new_tokens
-    longest = getattr(args, "max_demo_tokens", None)  # demonstrations are truncated to it
-    solutions = rows["solution"] if demonstrations else [None] * len(rows)
-    for i, (question, solution) in enumerate(zip(rows["question"], solutions)):
-        most = budget
-        if solution:
-            most = max(budget, len(solution.encode()) + 1)  # + 1: EOS
-        if len(frame) + len(question.encode()) + most <= positions:
-            continue
-        [prompt] = encode_prompts(tokenizer, [question], args.prompt_template)
-        most, lower = budget, "--max-new-tokens"
-        if solution:
-            most = max(budget, len(encode_response(tokenizer, solution)[:longest]))
-            lower += " or --max-demo-tokens" if longest else ""
-        need = f"{len(prompt)} tokens of prompt and {most} of response"
-        remedy = f"lower {lower}, or remove the row"
-        demand(
-            len(prompt) + most <= positions,
-            f"{name}, row {i}: {need} exceed the model's {positions} positions; {remedy}.",
-        )
-
-
 # ---- training and held-out rows --------------------------------------------------------------------------
 
 
@@ -85,7 +53,8 @@ def load_splits(args, demonstrations=False, no_gold=False):
     flags.check(args)
     configs.check_dtype(args)
     flags.settle_rates(args, configs.is_small(configs.load_config(args)))
-    needs_column = demonstrations or examples.has_hybrids(args)
+    imitates = demonstrations and args.steps > 0  # 0 steps only evaluate
+    needs_column = imitates or (examples.has_hybrids(args) and args.steps > 0)
     train = load_questions(args.data, args.split, args, "--data", needs_column, no_gold)
     path = args.eval_data or args.data
     flag = "--eval-data" if args.eval_data else "--data"
@@ -93,9 +62,9 @@ def load_splits(args, demonstrations=False, no_gold=False):
     test = load_questions(path, split, args, flag, no_gold=no_gold) if split else None
     if not args.resume:  # the first run has checked the rest
         examples.look(train, f"{args.data}, {args.split}", args, show=needs_column)
-        check_lengths(train, f"{args.data}, {args.split}", args, demonstrations)
+        lengths.check_rows(train, f"{args.data}, {args.split}", args, imitates)
         if split:
-            check_lengths(test, f"{path}, {split}", args)
+            lengths.check_rows(test, f"{path}, {split}", args)
     if split:
         if args.steps:  # else nothing is trained
             train = without_questions(train, "question", test["question"], f"{flag} {path}")
@@ -108,7 +77,7 @@ def load_splits(args, demonstrations=False, no_gold=False):
     test = with_gold(test, args, no_gold)
     if needs_column:
         train = examples.demonstrated(train, args, demonstrations)
-        train = examples.check_budget(train, args)
+        train = lengths.check_budget(train, args)
     test = subset(test, args.eval_questions, args.seed)
     args.fingerprint = fingerprint(train, test)  # a resumed run must have the same rows
     return train, test
@@ -177,8 +146,10 @@ def with_gold(rows, args, no_gold=False):
     parsed = [i for i, gold in enumerate(golds) if gold]
     name = args.answer_key if has_answers else args.solution_key
     print(f"{len(rows):,} questions, {len(parsed):,} with a gold answer that parses (column {name})")
-    demand(parsed, f"--{column}-key {name}: not one gold answer parses.")
     args.unparseable_gold += len(rows) - len(parsed)
+    if no_gold:  # a person ranks; every response to the other questions counts as incorrect
+        return rows.add_column("gold", golds)
+    demand(parsed, f"--{column}-key {name}: not one gold answer parses.")
     return rows.add_column("gold", golds).select(parsed)
 
 
@@ -207,6 +178,6 @@ def subset(rows, count, seed):
 
 def shuffled_batches(rows, steps, batch_size):
     """The row numbers of each step's batch, out of so many rows: a fresh permutation in every epoch."""
-    epochs = steps * batch_size // rows + 1
+    epochs = steps * batch_size // max(1, rows) + 1  # no rows: --steps 0 of dpo.py
     order = torch.cat([torch.randperm(rows) for _ in range(epochs)])
     return order.split(batch_size)

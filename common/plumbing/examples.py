@@ -159,7 +159,7 @@ def letters(text):
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
-# ---- demonstrations and their lengths --------------------------------------------------------------------
+# ---- demonstrations --------------------------------------------------------------------------------------
 
 
 def demonstrated(rows, args, required):
@@ -180,30 +180,6 @@ def demonstrated(rows, args, required):
 def has_hybrids(args):
     """Whether completions begin with demonstrations: those of prefix_rft.py and luffy.py."""
     return "demo_fraction" in args and getattr(args, "prefix_schedule", "") != "none"
-
-
-def check_budget(rows, args):
-    """Say how many demonstrations are longer than the budget, and what becomes of them."""
-    hybrid = has_hybrids(args)
-    if not hybrid and "max_demo_tokens" not in args:
-        return rows  # nothing is trained on them: a teacher reads them
-    most = args.max_new_tokens if hybrid else args.max_demo_tokens
-    flag = "--max-new-tokens" if hybrid else "--max-demo-tokens"
-    tokenizer = configs.load_tokenizer(args)
-    solutions = list(rows["solution"])
-    long = [i for i, text in enumerate(solutions) if text and is_longer(tokenizer, text, most)]
-    if not long:
-        return rows
-    count = sum(text is not None for text in solutions)
-    share = f"{len(long):,} of {count:,} demonstrations ({len(long) / count:.0%})"
-    if not hybrid:
-        print(f"{share} exceed {flag} {most}: they are trained up to there, without EOS")
-        return rows
-    # a hybrid that cannot reach its end is never correct: it would be unlearnt
-    print(f"{share} exceed {flag} {most}: their questions have on-policy completions only")
-    for i in long:
-        solutions[i] = None
-    return rows.remove_columns("solution").add_column("solution", solutions)
 
 
 def is_longer(tokenizer, text, most):

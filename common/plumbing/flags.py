@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         description = (doc or "").strip().partition("\n")[0]
-        super().__init__(description=description, formatter_class=HelpWithDefaults)
+        # not abbreviated: the command that a run ends with has the flags as they were given
+        super().__init__(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
 
     def error(self, message):
         """Raise BadInput with argparse's message as a sentence that begins with the flag."""
@@ -175,6 +176,19 @@ def check(args):
     if "k" in given and not given.get("add_gold"):
         # with --add-gold there are demonstrations to train on, even without a sample
         demand(args.k >= 1, f"--k {args.k}: must be at least 1 without --add-gold.")
+
+    if "pairs" in given and not args.pairs:
+        sentence = "a pair is a correct and an incorrect sample; must be at least 2 without --pairs."
+        demand(args.k >= 2, f"--k {args.k}: {sentence}")
+
+    if given.get("restart") == "continue":
+        sentence = "only --restart base begins a round with it; leave one of them out."
+        demand(not args.base, f"--base {args.base}: {sentence}")
+
+    if given.get("reward_model"):
+        sentence = "a reward model is given, so none is fitted; leave one of them out."
+        demand(not args.preferences, f"--preferences {args.preferences}: {sentence}")
+        demand(args.stop_after == "ppo", f"--stop-after {args.stop_after}: {sentence}")
 
     if "minibatches" in given:
         rows = args.batch_size * args.group_size

@@ -1,6 +1,7 @@
 """Runs: begin, continue, count steps, save, log, and sum up at the end."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -82,6 +83,7 @@ def save_model(folder, model, tokenizer, optimizer=None, state=None):
     ranks.barrier()  # all ranks have written
     if ranks.is_first():
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed below
             folder.rename(old)
         half.rename(folder)
         outdated = {old, *folders.checkpoints(folder.parent)} - {folder} if optimizer else {old}
@@ -187,18 +189,22 @@ def due(state, every):
 
 
 def append(path, rows):
-    """Add rows to a .jsonl file; the first rank writes."""
+    """Add rows to a .jsonl file of a run folder; the first rank writes."""
     if ranks.is_first():
-        with open(path, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        try:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise folders.unwritable(path, error) from None
 
 
 def read_jsonl(path):
     """The rows of a .jsonl file, none without a file. Half a row, left by a killed run, is removed."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    if ranks.is_first():
-        path.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if ranks.is_first() and len(whole) < len(text):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
 
 
 def log(out, metrics, samples=()):
@@ -211,10 +217,7 @@ def log(out, metrics, samples=()):
         line = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()}
         texts = [{k: v for k, v in x.items() if not isinstance(v, list)} for x in samples]  # text, not ids
         for name, rows in zip(folders.LOGS, ([line], texts)):
-            try:
-                append(out / name, [{"step": metrics["step"]} | row for row in rows])
-            except OSError as error:
-                raise folders.unwritable(out / name, error) from None
+            append(out / name, [{"step": metrics["step"]} | row for row in rows])
         show(metrics)
         hint(metrics)
         if bar is not None:

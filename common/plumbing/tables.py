@@ -4,7 +4,7 @@ import os
 
 from datasets import Dataset
 
-from common.plumbing import columns, examples
+from common.plumbing import columns, examples, lengths
 from common.plumbing.columns import read_split, split_names
 from common.plumbing.flags import BadInput, demand
 
@@ -99,7 +99,8 @@ def load_pairs(path, split, flag, args=None, held_out=()):
     """A preference set: prompt, chosen, rejected, as text or as messages; and utilities, if it has them.
 
     Without a column prompt it is the user's message in `chosen`. Pairs about the questions of
-    the rows `held_out` are left out, and with `args` those that do not differ.
+    the rows `held_out` are left out, and with `args` those that do not differ. With `args` a pair
+    that exceeds the model's positions is refused.
     """
     nothing = "all completions of a question are truncated, the same or equally good"
     remedy = "raise --max-new-tokens or --group-size"
@@ -122,9 +123,12 @@ def load_pairs(path, split, flag, args=None, held_out=()):
     for column in utilities:
         rows[column] = [number(cell) for cell in cells.get(column) or [None] * len(rows["prompt"])]
     rows = Dataset.from_dict(rows)
+    if args:  # before any is left out: errors name the row of the file
+        lengths.check_pairs(rows, name, args)
+        rows = examples.distinct_pairs(rows, flag, name, args)
     if held_out:
         rows = without_questions(rows, "prompt", held_out["question"], f"{flag} {path}")
-    return examples.distinct_pairs(rows, flag, name, args) if args else rows
+    return rows
 
 
 def begins_with(cell):
