@@ -479,6 +479,9 @@ def main(args):
             self_check(model, tokenizer, test, args)
             first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
+            if args.reward_model and args.eval_first == "on":  # as stage 2 does; R is still the critic
+                first = evaluate_reward(model, reference, critic, tokenizer, test, args)
+                runs.log(out, {"step": 0} | first)
         runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)
     if not args.reward_model and "fitted" not in state:
         with autocast:
@@ -491,10 +494,6 @@ def main(args):
         return
     reward_model = models.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # starts as R
-    if args.reward_model and args.eval_first == "on" and not args.resume:  # else stage 2 logs it
-        with autocast:
-            first = evaluate_reward(model, reference, reward_model, tokenizer, test, args)
-        runs.log(out, {"step": 0} | first)
     state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}
     # in PPO the KL penalty is in the reward, not in the loss
     loss_args = argparse.Namespace(**(vars(args) | {"kl_coef": 0.0}))

@@ -549,6 +549,9 @@ def test_every_weight_of_the_critic_learns(whole):
     assert not [k for k in initial if torch.equal(initial[k], critic[k])]
 
 
+PLAIN = [*QUICK, "--eval-first", "off"]  # one line of metrics before the first step
+
+
 @pytest.fixture
 def spy(monkeypatch):
     """spy(name): a list that collects (arguments, result) of each call of a function of the script."""
@@ -572,7 +575,7 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
     rolls, logps, _, gaes, policies, errors = map(spy, names)
     flags = ["--kl-coef", 0.7, "--steps", 2, "--lr", 1e-3, "--max-new-tokens", 8, "--no-eos-score", -9]
     flags += ["--value-clip", 0.3]
-    train(tmp_path / "run", "--reward-model", whole / "reward_model", *flags, *QUICK)
+    train(tmp_path / "run", "--reward-model", whole / "reward_model", *flags, *PLAIN)
     scorer = AutoModelForTokenClassification.from_pretrained(whole / "reward_model", num_labels=1).eval()
     for step in (0, 1):
         (rewards, value, mask, lam), (_, returns) = gaes[step]
@@ -610,7 +613,7 @@ def test_one_step_from_scores_to_losses(whole, train, tmp_path, spy):
 
 def test_the_critic_starts_as_the_reward_model_and_the_ratio_at_1(whole, train, tmp_path, spy):
     values, policies = spy("all_values"), spy("policy_loss")
-    train(tmp_path / "run", "--steps", 1, "--reward-model", whole / "reward_model", *QUICK)
+    train(tmp_path / "run", "--steps", 1, "--reward-model", whole / "reward_model", *PLAIN)
     (_, scores), (_, first) = values[:2]
     assert torch.equal(scores, first) and scores.abs().max() > 0
     ratio, k3 = policies[0][1][1:]
@@ -619,7 +622,7 @@ def test_the_critic_starts_as_the_reward_model_and_the_ratio_at_1(whole, train, 
 
 
 def test_a_single_update_has_ratio_1_exactly(whole, train, tmp_path):
-    more = ["--steps", 2, "--epochs-per-batch", 1, "--reward-model", whole / "reward_model", *QUICK]
+    more = ["--steps", 2, "--epochs-per-batch", 1, "--reward-model", whole / "reward_model", *PLAIN]
     for line in read_jsonl(train(tmp_path / "run", *more) / "metrics.jsonl")[1:]:
         assert line["ratio_max"] == line["clip_frac"] == 0 and line["grad_norm"] > 0
 
@@ -642,7 +645,7 @@ def test_a_critic_gradient_that_is_not_finite_changes_no_weight(whole, train, tm
 
 def test_the_kl_coefficient_follows_its_target(whole, train, tmp_path):
     """Ziegler et al.: at most 2 % per step, up if the KL is above its target, down if it is below."""
-    more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *QUICK]
+    more = ["--reward-model", whole / "reward_model", "--kl-coef", 0.5, "--steps", 3, *PLAIN]
     out = train(tmp_path / "up", *more, "--kl-target", 1e-9, "--lr", 3e-3, "--steps", 8)
     up = [line["kl_coef"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
     kl = [line["kl_response"] for line in read_jsonl(out / "metrics.jsonl")[1:]]
@@ -683,7 +686,7 @@ def test_with_the_group_mean_as_critic_it_is_grpo(scorer, small, tmp_path, float
     both = "--group-size 4 --steps 3 --loss-norm token --max-grad-norm 1e9 --epochs-per-batch 1".split()
     grpo.main(grpo.parse_args(small("grpo", tmp_path / "grpo", *both, *QUICK)))
     more = ["--kl-coef", 0, "--lam", 1, "--reward-model", scorer, "--no-eos-score", 0]
-    ppo.main(ppo.parse_args(small("rlhf_ppo", tmp_path / "ppo", *both, *more, *QUICK)))
+    ppo.main(ppo.parse_args(small("rlhf_ppo", tmp_path / "ppo", *both, *more, *PLAIN)))
     same_weights(tmp_path / "grpo/final", tmp_path / "ppo/final", 1e-9)
     a, b = (read_jsonl(tmp_path / name / "metrics.jsonl")[1:] for name in ("grpo", "ppo"))
     assert any(line["adv_abs"] > 0 for line in a)
