@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import common.tokenization as tok
+from common.draw import race
 from common.logprob import token_logprobs
 from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
@@ -103,16 +104,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
-        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: what `logprobs` scores
-        if temperature:
-            # exponential race: i wins with probability p_i; multinomial would wait for the GPU
-            noise = torch.empty_like(p).exponential_(generator=generator)
-            token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        logp = p.gather(1, token).log()  # [B, 1]
-        ended = (token == stops).any(1)  # [B]
-        return token[:, 0], logp[:, 0], ended
+        # from softmax(logits / temperature), without top-p: what `logprobs` scores
+        token, logp = race(logits, temperature, generator)
+        ended = (token[:, None] == stops).any(1)
+        return token, logp, ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps = torch.zeros(ids.shape)
@@ -153,7 +148,7 @@ def rewrite(model, tokenizer, hinted, student, args):
 
         `batch` and `spelled` are set for each batch by the loop below.
         """
-        both = logits.log_softmax(-1).view(-1, 2, vocabulary)
+        both = logits.float().log_softmax(-1).view(-1, 2, vocabulary)
         log_p, log_q = both.unbind(1)  # hinted and student, [B, V]
         log_m = mixture(log_p, log_q, args.beta)
         log_m = torch.where(batch.t == 0, log_p, log_m)  # the hinted stream begins

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import common.tokenization as tok
-from common.plumbing import cuda_graph, models, ranks
+from common.plumbing import cuda_graph, fused_step, models, ranks
 
 # a look costs a CPU nothing and a GPU a stop; new shapes cost a GPU a recording, about 0.2 s
 LOOK = {"cpu": 1, "cuda": 32}  # steps between two looks at the rows
@@ -127,7 +127,6 @@ class Batch:
         models.demand_positions(model, max(lengths) - 1)  # the last token that is drawn is not read
         self.model, self.contexts, self.device = model, contexts, model.device
         self.width = max(map(len, prompts))
-
         rows = self.unfinished = len(budgets)
         self.budget = torch.tensor(budgets, device=self.device)
         self.alive = self.budget > 0
@@ -148,7 +147,7 @@ class Batch:
         logits = self.model(tokens, **inputs, logits_to_keep=1).logits  # [distinct, 1, V]
 
         copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
-        self.logits = logits[copies, -1].float()
+        self.logits = logits[copies, -1]
         self.position = position[copies, -1:]  # [B, 1], of the last token
         self.token = torch.zeros_like(self.position)  # [B, 1], the last token
         not_fixed, self.not_recorded = obstacles(self.model, self.cache)
@@ -162,16 +161,18 @@ class Batch:
         dtype = self.cache.layers[0].keys.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(mask == 0, -torch.inf)
         self.mask = F.pad(mask, (0, more), value=-torch.inf)[copies, None, None]  # [B, 1, 1, columns]
+        if not self.not_recorded:
+            self.model = fused_step.stand_in(self.model, self.width + self.ids.shape[1])
 
     def next_logits(self):
-        """Logits after the last token, [B x contexts, V]; fp32 before any softmax."""
+        """Logits after the last token, [B x contexts, V], in the dtype of activations."""
         if self.cache.column is None:
             self.mask = mask = F.pad(self.mask, (0, 1), value=1)
         else:
             self.mask.index_fill_(3, self.cache.column, 0.0)  # a token sees the column that it writes
             mask = self.mask[..., : self.cache.visible]
         inputs = dict(attention_mask=mask, position_ids=self.position, past_key_values=self.cache)
-        logits = self.model(self.token, **inputs).logits[:, -1].float()
+        logits = self.model(self.token, **inputs).logits[:, -1]
         if self.cache.column is not None:
             self.cache.column += 1
         return logits
@@ -214,7 +215,6 @@ class Batch:
         order = torch.arange(rows, device=self.device)
         order[free] = self.alive[rows:].nonzero()[:, 0] + rows
         self.alive, self.budget, self.slot = self.alive[order], self.budget[order], self.slot[order]
-
         # rows of the model's batch: those of each context
         context = torch.arange(self.contexts, device=self.device)
         targets = (free[:, None] * self.contexts + context).flatten()
