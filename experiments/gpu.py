@@ -11,10 +11,12 @@ it is there, and a part that dies takes only the measurement with it that it was
 
 Sampling: 512 rows of 16 prompts, 256 tokens, bf16. The floor of a step is what memory must deliver: linear
 weights once, the keys and values cached so far once, logits written and read in bf16. "Compiled" is the
-recorded step with torch.compile around the model, which no script has. Training: a step of
-grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step; a response is right
-if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and response. Memory is
-the allocator's peak.
+recorded step with torch.compile around the model, which no script has. "Fused" is the step of
+common/plumbing/fused_step.py with the draw of common/draw.py, "library" the same with the library's
+attention, "drawn" the model's own step with that draw; `--parts fused` has all of that, in at most 150 s.
+Training: a step of grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step; a
+response is right if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and
+response. Memory is the allocator's peak.
 """
 
 import argparse
@@ -37,8 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
+from common import draw  # noqa: E402
 from common import tokenization as tok  # noqa: E402
-from common.plumbing import cuda_graph, decoding, models, ranks, runs  # noqa: E402
+from common.plumbing import cuda_graph, decoding, fused_ops, fused_step, models, ranks, runs  # noqa: E402
 from experiments import memory  # noqa: E402
 
 QUESTIONS, GROUP, BUDGET, MICRO = 16, 32, 256, 8192
@@ -148,6 +151,29 @@ def compiled():
             yield
     finally:
         ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
+
+
+@contextmanager
+def fused(attention="kernel", step=True):
+    """The decode step with few kernels, and the draw."""
+    devices = dict.fromkeys(("cpu", "cuda"), step)
+    with ExitStack() as stack:
+        for room, name, value in (
+            (fused_step, "FUSED", devices),
+            (fused_ops, "ATTENTION", attention),
+            (draw, "FUSED", True),
+        ):
+            stack.enter_context(patch.object(room, name, value))
+        yield
+
+
+HOW = {
+    "eager": eager,
+    "compiled": compiled,
+    "fused": fused,
+    "library": lambda: fused("library"),
+    "drawn": lambda: fused(step=False),
+}
 
 
 # ---- the loop before recorded steps, for comparison only -------------------------------------------------
@@ -403,6 +429,79 @@ def check_compiled(tiny):
         return check_ratio(tiny)
 
 
+@torch.no_grad()
+def forced(model, dtype, steps=24, rows=64):
+    """Log-probabilities of given tokens, [steps, rows], as a decode step sees them."""
+    vocabulary = model.config.vocab_size
+    generator, found = torch.Generator().manual_seed(0), []
+    tokens = torch.randint(2, vocabulary, (steps, rows), generator=generator).to(DEVICE)
+    with autocast(dtype), as_on_a_gpu():
+        batch = decoding.Batch(models.sampler(model), prompts_of(rows, vocabulary), [steps + 1] * rows)
+        for t, token in enumerate(tokens, 1):
+            batch.look(t, 1)
+            batch.append(token, torch.zeros(rows, device=DEVICE), token < 0)
+            logp = batch.next_logits().float().log_softmax(-1)
+            found.append(logp.gather(1, tokens[t % steps, :, None])[:, 0])
+    return torch.stack(found).double()
+
+
+def check_fused_step(tiny):
+    """Log-probabilities of the fused step and of the model; in bf16 beside the noise of bf16."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6)
+    size |= dict(num_key_value_heads=2, head_dim=128, vocab_size=1000, initializer_range=0.1)
+    torch.manual_seed(0)
+    qwen3 = models.placed(Qwen3ForCausalLM(Qwen3Config(**size, eos_token_id=0, pad_token_id=1)), False)
+    found, ok = {}, True
+    for name, model in (("qwen2", small(tiny)), ("qwen3", qwen3)):
+        exact = forced(model, "fp32")
+        for attention in ("kernel", "library"):
+            for dtype in ("fp32", "bf16"):
+                plain = forced(model, dtype)
+                with fused(attention):
+                    own = forced(model, dtype)
+                gaps = {"model": own - plain, "fp32": own - exact, "model to fp32": plain - exact}
+                rms = {key: gap.square().mean().sqrt().item() for key, gap in gaps.items()}
+                largest = gaps["model"].abs().max().item()
+                found[f"{name}, {attention}, {dtype}"] = rms | {"largest, to the model": largest}
+                bf16 = dtype == "bf16"
+                ok &= rms["fp32"] < 1.2 * rms["model to fp32"] if bf16 else largest < 1e-4
+    return found | {"ok": ok}
+
+
+def check_fused_draw(tiny):
+    """The likeliest words one by one and the others in 64 groups: chi-square of many draws, both dtypes."""
+    words, rows, found = (500, 2**14, {}) if tiny else (151936, 2**18, {})
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for temperature in (1.0, 0.6):
+            logits = (3 * torch.randn(words, generator=generator, device=DEVICE)).to(dtype)
+            logp = (logits.double() / temperature).log_softmax(-1)
+            cell = 64 + torch.arange(words, device=DEVICE) % 64
+            cell[logp.topk(64).indices] = torch.arange(64, device=DEVICE)
+            with fused():
+                token, got = draw.race(logits.expand(rows, words), temperature, generator)
+            counts = torch.bincount(cell[token], minlength=128).double()
+            expected = rows * torch.zeros(128, dtype=torch.float64, device=DEVICE).index_add(
+                0, cell, logp.exp()
+            )
+            chi = ((counts - expected) ** 2 / expected).sum()
+            p = torch.special.gammaincc(torch.full_like(chi, 127 / 2), chi / 2).item()
+            gap = (got - logp[token]).abs().max().item()
+            found[f"{dtype}, T = {temperature}"] = {"p of chi-square": p, "log-probs": gap}
+    ok = all(x["p of chi-square"] > 1e-4 and x["log-probs"] < 1e-4 for x in found.values())
+    return found | {"ok": ok}
+
+
+def when_fused(check):
+    def checked(tiny):
+        with fused():
+            return check(tiny)
+
+    return checked
+
+
 CHECKS = {
     "host asked": check_syncs,
     "greedy": check_greedy,
@@ -413,7 +512,11 @@ CHECKS = {
     "rewrite": check_rewrite,
     "windows": check_windows,
     "compiled": check_compiled,
+    "fused step": check_fused_step,
+    "fused draw": check_fused_draw,
 }
+FUSED = ("host asked", "greedy", "draws", "replayed noise", "ratio", "rewrite")
+CHECKS |= {f"fused {name}": when_fused(CHECKS[name]) for name in FUSED}
 
 
 # ---- speed -----------------------------------------------------------------------------------------------
@@ -472,7 +575,7 @@ def speed(name, how, tiny):
         sampler = old_sample if how == "old" else grpo.sample
         # what is compiled is compiled for a shape, so it warms up with the shapes of the whole budget
         first = budget if how == "compiled" else 8
-        with {"eager": eager, "compiled": compiled}.get(how, nullcontext)():
+        with HOW.get(how, nullcontext)():
             go = lambda n: draw_with(sampler, model, "bf16", 1.0, n, rows)[0]  # noqa: E731
             ids, seconds, peak, reserved = timed(lambda: go(budget), lambda: go(first))
     tokens, steps = sum(map(len, ids)), max(map(len, ids))
@@ -510,8 +613,8 @@ def generated_in_batches(model, prompts, budget):
     return [output.generated_tokens for output in done.values()]
 
 
-def profiled(name, is_compiled, tiny):
-    """What the kernels of a step cost, by name: the mean of some steps."""
+def profiled(name, how, tiny):
+    """What the kernels of a step cost, by name: the mean of some steps, early ones or in the `middle`."""
     from torch.profiler import ProfilerActivity, profile
 
     shape = shape_of(name, tiny)
@@ -519,7 +622,9 @@ def profiled(name, is_compiled, tiny):
     model = random_model(shape)
     found, call = {}, cuda_graph.Replay.__call__
     kinds = [ProfilerActivity.CUDA] if CUDA else [ProfilerActivity.CPU]
-    count, first, steps = [0], 8, 8
+    late = how in ("middle", "fused", "library") and not tiny  # attention reads as much as in the mean step
+    budget = BUDGET if late else 24
+    count, first, steps = [0], BUDGET // 2 if late else 8, 8
     profiler = profile(activities=kinds)
 
     def watched(run):
@@ -535,8 +640,8 @@ def profiled(name, is_compiled, tiny):
             profiler.__exit__(None, None, None)
 
     cuda_graph.Replay.__call__ = watched
-    with compiled() if is_compiled else nullcontext():
-        draw_with(grpo.sample, model, "bf16", 1.0, 24, rows)
+    with HOW.get(how, nullcontext)():
+        draw_with(grpo.sample, model, "bf16", 1.0, budget, rows)
     cuda_graph.Replay.__call__ = call
     events = profiler.key_averages()
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
@@ -555,7 +660,46 @@ class Measured(Exception):
     """What was to be measured has been."""
 
 
-def parts_of_a_step(name, tiny):
+def attention_variants(name, tiny):
+    """us of attention in one layer, by columns written, and by tile, warps and stages of the kernel."""
+    layers, _, _, _, q, k, width, _ = shape_of(name, tiny)
+    rows, columns = (4, 48) if tiny else (QUESTIONS * GROUP, 304)
+    dtype, found = torch.bfloat16, {}
+    # more than a cache of the GPU holds
+    buffers = torch.zeros(8, 2, rows, k, columns, width, dtype=dtype, device=DEVICE)
+    queries = torch.randn(rows, q, width, dtype=dtype, device=DEVICE)
+    mask = torch.zeros(rows, 1, 1, columns, dtype=dtype, device=DEVICE)
+    variants = [(64, 4, 2), (64, 4, 3), (64, 2, 2), (32, 2, 3), (32, 4, 3), (128, 4, 2), (128, 8, 2), None]
+    column = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def step():
+        for keys, values in buffers:
+            fused_ops.attend(queries, keys, values, mask, column)
+
+    for written in (columns // 2, columns - 1):
+        column.fill_(written)
+        for variant in variants:
+            tile, warps, stages = variant or (64, 4, 2)
+            launch = {"num_warps": warps, "num_stages": stages}
+            with ExitStack() as stack:
+                stack.enter_context(fused("kernel" if variant else "library"))
+                stack.enter_context(patch.object(fused_ops, "COLUMNS", tile))
+                stack.enter_context(patch.object(fused_ops, "LAUNCH", launch))
+                step()
+                synchronize()
+                run = cuda_graph.record(step, None) if CUDA else step
+                run()
+                synchronize()
+                began = time.time()
+                for _ in range(10):
+                    run()
+                synchronize()
+                took = (time.time() - began) / 10 / len(buffers) * 1e6
+            found[f"{written} columns, {variant or 'library'}"] = round(took, 1)
+    return found
+
+
+def parts_of_a_step(name, how, tiny):
     """How long a recording takes, and the first, eager step of a shape."""
     if not CUDA:
         return {"skipped": "no GPU"}
@@ -580,7 +724,7 @@ def parts_of_a_step(name, tiny):
         raise Measured  # the extra steps have used up the buffers
 
     cuda_graph.record = watched
-    with suppress(Measured):
+    with suppress(Measured), HOW.get(how, nullcontext)():
         draw_with(grpo.sample, model, "bf16", 1.0, 48, QUESTIONS * GROUP)
     cuda_graph.record = record
     return seen
@@ -677,7 +821,7 @@ def table(records):
 
 # process -> its measurements and seconds; what matters most comes first
 PARTS = {
-    "checks": ([f"check {name}" for name in CHECKS if name != "compiled"], 120),
+    "checks": ([f"check {name}" for name in CHECKS if name.split()[0] not in ("compiled", "fused")], 120),
     "speed": (["speed 0.5B recorded", "speed 0.5B old", "profile 0.5B", "speed 0.5B eager"], 140),
     "parts": (["parts 0.5B"], 60),
     "train": (["train 0.5B"], 90),
@@ -685,6 +829,26 @@ PARTS = {
     "1.5B": (["speed 1.5B recorded", "profile 1.5B"], 75),
     "generate_batch": (["speed 0.5B generate_batch"], 75),
     "train recomputed": (["train 1.5B recomputed"], 90),
+    "fused": (
+        [
+            "check fused step",
+            "speed 0.5B fused",
+            "profile 0.5B fused",
+            "check fused draw",
+            *(f"check fused {name}" for name in ("replayed noise", "draws", "greedy", "ratio")),
+            "attention 0.5B",
+            "profile 0.5B middle",
+            "speed 0.5B recorded",
+            "speed 0.5B library",
+            "speed 0.5B drawn",
+            "parts 0.5B fused",
+            "speed 1.5B fused",
+            "profile 1.5B fused",
+            *(f"check fused {name}" for name in ("host asked", "rewrite")),
+            "attention 1.5B",
+        ],
+        150,
+    ),
     # it compiles for a minute or more, so it comes last
     "compiled": (["check compiled", "speed 0.5B compiled", "profile 0.5B compiled"], 240),
 }
@@ -697,9 +861,11 @@ def measure(what, tiny):
     if kind == "speed":
         return speed(*rest, tiny)
     if kind == "profile":
-        return profiled(rest[0], "compiled" in rest, tiny)
+        return profiled(rest[0], rest[1] if rest[1:] else "recorded", tiny)
+    if kind == "attention":
+        return attention_variants(rest[0], tiny)
     if kind == "parts":
-        return parts_of_a_step(rest[0], tiny)
+        return parts_of_a_step(rest[0], rest[1] if rest[1:] else "recorded", tiny)
     return train(rest[0], "recomputed" in rest, tiny)
 
 

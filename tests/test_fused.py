@@ -1,7 +1,7 @@
 """The fused decode step and the draw of common/draw.py, on both paths.
 
-What is not marked `torch_only` runs twice: here on the torch path, and once more in a child process under
-TRITON_INTERPRET=1, where the same calls run the Triton kernels on CPU tensors.
+Whole models run on the torch path. In a child process under TRITON_INTERPRET=1 each kernel runs beside its
+twin, on a few rows because a program takes the interpreter a second, and the tests of the draw run again.
 """
 
 import os
@@ -98,6 +98,7 @@ def both_ways(model, steps):
     return found
 
 
+@torch_only
 @torch.no_grad()
 def test_logits_are_the_model_s_in_fp32(model, fused):
     """And so are the keys and values; a step sees no columns that are written later."""
@@ -109,6 +110,7 @@ def test_logits_are_the_model_s_in_fp32(model, fused):
         torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=0)
 
 
+@torch_only
 @torch.no_grad()
 def test_logits_are_the_model_s_in_bf16_up_to_its_noise(model, fused):
     """The two differ by less than the model in bf16 differs from itself in fp32."""
@@ -124,6 +126,7 @@ def test_logits_are_the_model_s_in_bf16_up_to_its_noise(model, fused):
     assert (got - want).square().mean().sqrt() < noise
 
 
+@torch_only
 def test_greedy_is_what_generate_gives(model, fused):
     """Rows end at different steps and leave, buffers grow."""
     model.lm_head.weight.data[0] *= 3  # EOS comes sooner
@@ -165,6 +168,7 @@ def test_two_contexts(tiny, fused, monkeypatch):
 # ---- weights ---------------------------------------------------------------------------------------------
 
 
+@torch_only
 @torch.no_grad()
 def test_joined_weights_follow_the_optimizer(model, fused):
     """In the copy q, k and v, and gate and up, are one matrix; it is refreshed where it is."""
@@ -309,6 +313,82 @@ def test_the_numbers_of_a_race_are_exponential():
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------
+
+
+triton_only = pytest.mark.skipif(not TRITON, reason="belongs to the Triton path")
+DTYPES = pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def twins(monkeypatch, operation, *tensors):
+    """What the kernel and its twin return, and the tensors that each has changed."""
+    found = []
+    for interpret in (True, False):
+        monkeypatch.setattr(fused_ops, "INTERPRET", interpret)
+        own = [x.clone() for x in tensors]
+        found.append([operation(*own), *own])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        # twins may round to neighbours in bf16; in fp32 they add in another order
+        step = 2**-7 if a.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(a, b, rtol=step, atol=step * b.abs().max().item())
+
+
+@triton_only
+@DTYPES
+def test_kernel_add_norm(low, monkeypatch):
+    norm = random_model(FAMILY["llama"]).model.norm
+    x, new = torch.randn(2, 48), torch.randn(2, 48).to(low)
+    twins(monkeypatch, lambda x, new: fused_ops.add_norm(x, new, norm, low).clone(), x, new)
+    twins(monkeypatch, lambda x: fused_ops.add_norm(x, None, norm, low), x)
+
+
+@triton_only
+@DTYPES
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_kernel_turn(name, low, monkeypatch):
+    """Every element of the buffers except that of the column stays."""
+    attention = random_model(FAMILY[name]).model.layers[0].self_attn
+    cos, sin = torch.randn(9, 16), torch.randn(9, 16)
+    position, column = torch.tensor([[7], [2]])[:, 0], torch.tensor([3])
+    qkv, buffers = torch.randn(2, 10 * 16).to(low), torch.randn(2, 2, 2, 5, 16).to(low)
+
+    def turned(qkv, keys, values):
+        return fused_ops.turn(qkv, attention, cos, sin, position, keys, values, column)
+
+    twins(monkeypatch, turned, qkv, *buffers)
+
+
+@triton_only
+@DTYPES
+def test_kernel_attend(low, monkeypatch):
+    """Columns masked at the left, two tiles of columns, and columns after the one that was written."""
+    monkeypatch.setattr(fused_ops, "COLUMNS", 16)
+    mask = torch.zeros(2, 1, 1, 32, dtype=low)
+    mask[1, ..., :17], mask[..., 21:] = -torch.inf, -torch.inf
+    q, (keys, values) = torch.randn(2, 6, 16).to(low), torch.randn(2, 2, 2, 32, 16).to(low)
+    values[:, :, 21:] = torch.nan  # must not be read: 0 times NaN is NaN
+    column = torch.tensor([20])
+    got = fused_ops.attend(q, keys, values, mask, column)
+    values[:, :, 21:] = 0
+    monkeypatch.setattr(fused_ops, "INTERPRET", False)
+    want = fused_ops.attend(q, keys, values, mask, column)
+    step = 2**-6 if low == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got, want, rtol=step, atol=step)
+
+
+@triton_only
+@DTYPES
+def test_kernel_swiglu(low, monkeypatch):
+    twins(monkeypatch, fused_ops.swiglu, (3 * torch.randn(2, 2 * 1100)).to(low))
+
+
+@triton_only
+@torch.no_grad()
+def test_a_step_of_kernels(fused):
+    config = Qwen3Config(**SIZE | dict(num_hidden_layers=1))
+    (want, plain), (got, own) = both_ways(random_model(config), 2)
+    torch.testing.assert_close(got, want, atol=2e-6 * want.abs().max().item(), rtol=0)
+    torch.testing.assert_close(own.layers[0].keys, plain.layers[0].keys, atol=1e-5, rtol=0)
 
 
 @torch_only
