@@ -14,8 +14,8 @@ weights once, the keys and values cached so far once, logits written and read in
 recorded step with torch.compile around the model, which no script has. "Fused" is the step of
 common/plumbing/fused_step.py with the draw of common/draw.py, "library" the same with the library's
 attention, "drawn" the model's own step with that draw; `--parts fused` has all of that, in at most 150 s.
-Training: a step of grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step; a
-response is right if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and
+Training: a step of grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step;
+a response is right if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and
 response. Memory is the allocator's peak.
 """
 
