@@ -437,6 +437,7 @@ def forced(model, dtype, steps=24, rows=64):
     tokens = torch.randint(2, vocabulary, (steps, rows), generator=generator).to(DEVICE)
     with autocast(dtype), as_on_a_gpu():
         batch = decoding.Batch(models.sampler(model), prompts_of(rows, vocabulary), [steps + 1] * rows)
+        assert isinstance(batch.model, fused_step.Step) == fused_step.FUSED[DEVICE]
         for t, token in enumerate(tokens, 1):
             batch.look(t, 1)
             batch.append(token, torch.zeros(rows, device=DEVICE), token < 0)

@@ -4,6 +4,8 @@ Whole models run on the torch path. In a child process under TRITON_INTERPRET=1 
 twin, on a few rows because a program takes the interpreter a second, and the tests of the draw run again.
 """
 
+from __future__ import annotations  # without triton, tl.constexpr below is only a name
+
 import os
 import re
 import subprocess
@@ -30,6 +32,7 @@ import idft_hinted
 from common import draw
 from common.plumbing import decoding, fused_ops, fused_step, models
 
+tl = getattr(draw, "tl", None)
 TRITON = fused_ops.INTERPRET and fused_ops.triton is not None
 torch_only = pytest.mark.skipif(TRITON, reason="does not depend on the path, or belongs to the torch path")
 SIZE = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, head_dim=16)
@@ -294,17 +297,17 @@ def test_the_likeliest_token(dtype, parts):
     torch.testing.assert_close(logp.double(), want, atol=1e-5, rtol=0)
 
 
+@draw.jit
+def exponential_numbers(out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, draw._exponential(7, i.to(tl.int64)))
+
+
 @pytest.mark.skipif(not TRITON, reason="belongs to the Triton path")
 def test_the_numbers_of_a_race_are_exponential():
     """Their distribution up to its tail near 0, where races are won."""
     out = torch.empty(2**16)
-
-    @fused_ops.triton.jit
-    def numbers(out, N: fused_ops.tl.constexpr):
-        i = fused_ops.tl.arange(0, N)
-        fused_ops.tl.store(out + i, draw._exponential(7, i.to(fused_ops.tl.int64)))
-
-    numbers[(1,)](out, len(out))
+    exponential_numbers[(1,)](out, len(out))
     assert 0 < out.min() and out.max() < 20
     u = 1 - (-out.double()).exp()
     assert p_of_chi_square(torch.histc(u, 64, 0, 1), torch.full((64,), len(out) / 64)) > 1e-3
