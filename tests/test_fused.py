@@ -238,7 +238,7 @@ def parts(monkeypatch):
     """Several parts, of which the last is not full; many rows a program make the interpreter bearable."""
     monkeypatch.setattr(draw, "FUSED", True)
     monkeypatch.setattr(draw, "PART", 16)
-    monkeypatch.setattr(draw, "ROWS", 256)
+    monkeypatch.setattr(draw, "ROWS", 2048)
 
 
 def p_of_chi_square(counts, expected):
