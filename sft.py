@@ -91,8 +91,8 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
         # from softmax(logits / temperature), without top-p: what `logprobs` scores
-        token, logp = race(logits, temperature, generator)
-        ended = (token[:, None] == stops).any(1)
+        token, logp = race(logits, temperature, generator)  # [B], [B]
+        ended = (token[:, None] == stops).any(1)  # [B]
         return token, logp, ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
