@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import common.tokenization as tok
+from common.draw import race
 from common.logprob import token_logprobs
 from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
@@ -122,16 +123,10 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
-        p = (logits / (temperature or 1.0)).softmax(-1)  # no top-p: what `logprobs` scores
-        if temperature:
-            # exponential race: i wins with probability p_i; multinomial would wait for the GPU
-            noise = torch.empty_like(p).exponential_(generator=generator)
-            token = (p / noise).argmax(-1, keepdim=True)  # [B, 1]
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        logp = p.gather(1, token).log()  # [B, 1]
-        ended = (token == stops).any(1)  # [B]
-        return token[:, 0], logp[:, 0], ended
+        # from softmax(logits / temperature), without top-p: what `logprobs` scores
+        token, logp = race(logits, temperature, generator)  # [B], [B]
+        ended = (token[:, None] == stops).any(1)  # [B]
+        return token, logp, ended
 
     ids = torch.full((len(prompts), args.max_new_tokens), -1)  # [N, budget], -1: not sampled
     logps = torch.zeros(ids.shape)
