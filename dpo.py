@@ -28,9 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import common.tokenization as tok
-from common.draw import race
 from common.logprob import token_logprobs
-from common.plumbing import data, decoding, evaluation, flags, memory, models, ranks, runs
+from common.plumbing import data, decoding, draws, evaluation, flags, memory, models, ranks, runs
 from common.verifier import math_reward
 
 
@@ -103,7 +102,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
         # from softmax(logits / temperature), without top-p: what `logprobs` scores
-        token, logp = race(logits, temperature, generator)  # [B], [B]
+        token, logp = draws.race(logits, temperature, generator)  # [B], [B]
         ended = (token[:, None] == stops).any(1)  # [B]
         return token, logp, ended
 

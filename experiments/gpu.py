@@ -12,7 +12,7 @@ it is there, and a part that dies takes only the measurement with it that it was
 Sampling: 512 rows of 16 prompts, 256 tokens, bf16. The floor of a step is what memory must deliver: linear
 weights once, the keys and values cached so far once, logits written and read in bf16. "Compiled" is the
 recorded step with torch.compile around the model, which no script has. "Fused" is the step of
-common/plumbing/fused_step.py with the draw of common/draw.py, "library" the same with the library's
+common/plumbing/fused_step.py with the draw of common/plumbing/draws.py, "library" the same with the library's
 attention, "drawn" the model's own step with that draw; `--parts fused` has all of that, in at most 150 s.
 Training: a step of grpo.py, 16 questions x 32 responses of 256 tokens, 8,192 tokens a pass, the second step;
 a response is right if it has an odd number of letters. MFU counts 6 FLOPs a weight and token of prompt and
@@ -39,9 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 import idft_hinted  # noqa: E402
-from common import draw  # noqa: E402
 from common import tokenization as tok  # noqa: E402
-from common.plumbing import cuda_graph, decoding, fused_ops, fused_step, models, ranks, runs  # noqa: E402
+from common.plumbing import cuda_graph, decoding, draws, fused_ops, fused_step, models, ranks, runs  # noqa: E402
 from experiments import memory  # noqa: E402
 
 QUESTIONS, GROUP, BUDGET, MICRO = 16, 32, 256, 8192
@@ -156,14 +155,11 @@ def compiled():
 @contextmanager
 def fused(attention="kernel", step=True):
     """The decode step with few kernels, and the draw."""
-    devices = dict.fromkeys(("cpu", "cuda"), step)
     with ExitStack() as stack:
-        for room, name, value in (
-            (fused_step, "FUSED", devices),
-            (fused_ops, "ATTENTION", attention),
-            (draw, "FUSED", True),
-        ):
-            stack.enter_context(patch.object(room, name, value))
+        stack.enter_context(patch.object(fused_ops, "FUSED", True))
+        stack.enter_context(patch.object(fused_ops, "ATTENTION", attention))
+        if not step:
+            stack.enter_context(patch.object(fused_step, "stand_in", lambda model, length: model))
         yield
 
 
@@ -437,7 +433,7 @@ def forced(model, dtype, steps=24, rows=64):
     tokens = torch.randint(2, vocabulary, (steps, rows), generator=generator).to(DEVICE)
     with autocast(dtype), as_on_a_gpu():
         batch = decoding.Batch(models.sampler(model), prompts_of(rows, vocabulary), [steps + 1] * rows)
-        assert isinstance(batch.model, fused_step.Step) == fused_step.FUSED[DEVICE]
+        assert isinstance(batch.model, fused_step.Step) == fused_ops.FUSED
         for t, token in enumerate(tokens, 1):
             batch.look(t, 1)
             batch.append(token, torch.zeros(rows, device=DEVICE), token < 0)
@@ -482,7 +478,7 @@ def check_fused_draw(tiny):
             cell = 64 + torch.arange(words, device=DEVICE) % 64
             cell[logp.topk(64).indices] = torch.arange(64, device=DEVICE)
             with fused():
-                token, got = draw.race(logits.expand(rows, words), temperature, generator)
+                token, got = draws.race(logits.expand(rows, words), temperature, generator)
             counts = torch.bincount(cell[token], minlength=128).double()
             expected = rows * torch.zeros(128, dtype=torch.float64, device=DEVICE).index_add(
                 0, cell, logp.exp()

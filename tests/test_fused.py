@@ -1,4 +1,4 @@
-"""The fused decode step and the draw of common/draw.py, on both paths.
+"""The fused decode step and the draw of plumbing/draws.py, on both paths.
 
 Whole models run on the torch path. In a child process under TRITON_INTERPRET=1 each kernel runs beside its
 twin, on a few rows because a program takes the interpreter a second, and the tests of the draw run again.
@@ -29,10 +29,9 @@ from transformers import (
 import common.tokenization as tok
 import grpo
 import idft_hinted
-from common import draw
-from common.plumbing import decoding, fused_ops, fused_step, models
+from common.plumbing import decoding, draws, fused_ops, fused_step, models
 
-tl = getattr(draw, "tl", None)
+tl = getattr(draws, "tl", None)
 TRITON = fused_ops.INTERPRET and fused_ops.triton is not None
 torch_only = pytest.mark.skipif(TRITON, reason="does not depend on the path, or belongs to the torch path")
 SIZE = dict(hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6, head_dim=16)
@@ -70,7 +69,7 @@ def model(request):
 @pytest.fixture
 def fused(monkeypatch):
     """The fused step on this CPU, over buffers that grow in small steps and rows that leave."""
-    monkeypatch.setattr(fused_step, "FUSED", {"cpu": True})
+    monkeypatch.setattr(fused_ops, "FUSED", True)
     monkeypatch.setattr(fused_ops, "COLUMNS", 16)
     monkeypatch.setattr(decoding, "LOOK", {"cpu": 3})
     monkeypatch.setattr(decoding, "COLUMNS", {"cpu": 16})
@@ -88,7 +87,7 @@ def both_ways(model, steps):
     """Logits of some steps by the fused step and by the model's forward pass, each with its own cache."""
     found = []
     for how in (False, True):
-        fused_step.FUSED = {"cpu": how}
+        fused_ops.FUSED = how
         batch, logits = decoding.Batch(model, PROMPTS, [steps] * len(PROMPTS)), []
         assert isinstance(batch.model, fused_step.Step) == how
         forced = torch.Generator().manual_seed(0)
@@ -117,7 +116,6 @@ def test_logits_are_the_model_s_in_fp32(model, fused):
 @torch.no_grad()
 def test_logits_are_the_model_s_in_bf16_up_to_its_noise(model, fused):
     """The two differ by less than the model in bf16 differs from itself in fp32."""
-    fused_step.FUSED = {"cpu": False}
     exact = both_ways(model, 20)[0][0].log_softmax(-1)
     with torch.autocast("cpu", torch.bfloat16):
         (want, _), (got, own) = both_ways(models.sampler(model), 20)
@@ -164,7 +162,7 @@ def test_two_contexts(tiny, fused, monkeypatch):
     hinted, student = (tok.encode_prompts(tokenizer, q) for q in (["Who?", "1 + 1"], ["2 + 2", "Where?"]))
     args = idft_hinted.parse_args("--beta 1 --max-new-tokens 30".split())
     got = idft_hinted.rewrite(model, tokenizer, hinted, student, args)
-    monkeypatch.setattr(fused_step, "FUSED", {"cpu": False})
+    monkeypatch.setattr(fused_ops, "FUSED", False)
     assert got == idft_hinted.rewrite(model, tokenizer, hinted, student, args)
 
 
@@ -227,7 +225,7 @@ def test_other_models_keep_their_forward_pass(name, fused):
 
 @torch_only
 def test_it_is_off():
-    assert not any(fused_step.FUSED.values()) and not draw.FUSED
+    assert not fused_ops.FUSED
 
 
 # ---- the draw --------------------------------------------------------------------------------------------
@@ -236,9 +234,9 @@ def test_it_is_off():
 @pytest.fixture
 def parts(monkeypatch):
     """Several parts, of which the last is not full; many rows a program make the interpreter bearable."""
-    monkeypatch.setattr(draw, "FUSED", True)
-    monkeypatch.setattr(draw, "PART", 16)
-    monkeypatch.setattr(draw, "ROWS", 2048)
+    monkeypatch.setattr(fused_ops, "FUSED", True)
+    monkeypatch.setattr(draws, "PART", 16)
+    monkeypatch.setattr(draws, "ROWS", 2048)
 
 
 def p_of_chi_square(counts, expected):
@@ -260,7 +258,7 @@ def test_draws_have_the_distribution_of_softmax(words, temperature, dtype, parts
     logits = (2 * torch.randn(words, generator=torch.Generator().manual_seed(1))).to(dtype)
     logp = (logits.double() / temperature).log_softmax(-1)
     generator = torch.Generator().manual_seed(2)
-    token, got = draw.race(logits.expand(4000, words), temperature, generator)
+    token, got = draws.race(logits.expand(4000, words), temperature, generator)
     assert p_of_chi_square(torch.bincount(token, minlength=words), 4000 * logp.exp()) > 1e-3
     torch.testing.assert_close(got.double(), logp[token], atol=1e-5, rtol=0)
 
@@ -268,21 +266,21 @@ def test_draws_have_the_distribution_of_softmax(words, temperature, dtype, parts
 def test_rows_calls_and_seeds_are_independent(parts):
     """Pairs of neighbours are uniform: two rows of a call, and two calls of a row; a seed repeats."""
     generator, logits = torch.Generator().manual_seed(0), torch.zeros(2000, 6)
-    first, second = (draw.race(logits, 1.0, generator)[0] for _ in range(2))
+    first, second = (draws.race(logits, 1.0, generator)[0] for _ in range(2))
     for a, b in ((first, second), (first[:-1], first[1:]), (first, second.roll(1))):
         counts = torch.bincount(a * 6 + b, minlength=36)
         assert p_of_chi_square(counts, torch.full((36,), len(a) / 36)) > 1e-3
-    assert torch.equal(first, draw.race(logits, 1.0, torch.Generator().manual_seed(0))[0])
+    assert torch.equal(first, draws.race(logits, 1.0, torch.Generator().manual_seed(0))[0])
 
 
 def test_impossible_words_and_parts(parts):
     """A part whose words all have probability 0, and words far below the likeliest."""
     logits = torch.full((300, 50), -torch.inf)
     logits[:, [3, 40]] = torch.tensor([0.0, 90.0])
-    token, logp = draw.race(logits, 1.0, torch.Generator().manual_seed(0))
+    token, logp = draws.race(logits, 1.0, torch.Generator().manual_seed(0))
     assert (token == 40).all() and (logp == 0).all()
     logits[:, 40] = 0.0
-    token, logp = draw.race(logits, 1.0, torch.Generator().manual_seed(0))
+    token, logp = draws.race(logits, 1.0, torch.Generator().manual_seed(0))
     assert set(token.tolist()) == {3, 40} and (logp - torch.tensor(0.5).log()).abs().max() < 1e-6
 
 
@@ -291,16 +289,16 @@ def test_the_likeliest_token(dtype, parts):
     """Of equals the first; logits that are not contiguous."""
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)).to(dtype).T
     logits[:3] = logits[:3].round()
-    token, logp = draw.race(logits, 0.0, None)
+    token, logp = draws.race(logits, 0.0, None)
     assert torch.equal(token, logits.float().argmax(-1))
     want = logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(logp.double(), want, atol=1e-5, rtol=0)
 
 
-@draw.jit
+@draws.jit
 def exponential_numbers(out, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out + i, draw._exponential(7, i.to(tl.int64)))
+    tl.store(out + i, draws._exponential(7, i.to(tl.int64)))
 
 
 @pytest.mark.skipif(not TRITON, reason="belongs to the Triton path")
@@ -411,11 +409,11 @@ def kernels(D, low):
     small |= dict(epsilon="fp32", scale="fp32", Q="i32", K="i32", G="i32", columns="i32", x="*fp32")
     small |= dict.fromkeys(("weight", "q_weight", "k_weight", "cos", "sin"), "*fp32")
     small |= dict.fromkeys(("new", "out", "qkv", "q", "keys", "values", "mask", "both"), f"*{low}")
-    draws = dict(ROWS=1, PART=draw.PART)
+    parts = dict(ROWS=1, PART=draws.PART)
     return small, [
-        (draw._parts_kernel, draws, {}),
-        (draw._race_kernel, draws | dict(PARTS=64, SAMPLE=True), dict(num_warps=8)),
-        (draw._race_kernel, draws | dict(PARTS=64, SAMPLE=False), dict(num_warps=8)),
+        (draws._parts_kernel, parts, {}),
+        (draws._race_kernel, parts | dict(PARTS=64, SAMPLE=True), dict(num_warps=8)),
+        (draws._race_kernel, parts | dict(PARTS=64, SAMPLE=False), dict(num_warps=8)),
         (fused_ops._add_norm, dict(SIZE=1024, ADD=True), {}),
         (fused_ops._add_norm, dict(SIZE=4096, ADD=False), {}),
         (fused_ops._turn, dict(D=D, SIZE=32, NORM=False), {}),

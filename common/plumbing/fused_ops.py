@@ -20,6 +20,7 @@ try:  # it comes with CUDA builds of torch
 except ImportError:
     triton, jit = None, lambda kernel: kernel
 
+FUSED = os.environ.get("FUSED_DECODING") == "1"  # not the default before a GPU has measured it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # tests: the kernels run in Python, on CPU tensors
 ATTENTION = "kernel"  # or "library", which reads all columns of the buffers
 COLUMNS = 64  # that attention reads at a time

@@ -27,14 +27,13 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from common.plumbing import fused_ops as ops
 from common.plumbing import models
 
-FUSED = {"cpu": False, "cuda": False}  # not before it has been measured
 FAMILY = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 def stand_in(model, length):
     """What decodes in the place of the model, rows of at most `length` tokens; the model, if nothing can."""
     device = model.device.type
-    known = FUSED[device] and type(model) in FAMILY and model.config.hidden_act == "silu"
+    known = ops.FUSED and type(model) in FAMILY and model.config.hidden_act == "silu"
     if not known or (device == "cuda" and ops.triton is None):
         return model
     width = model.model.layers[0].self_attn.head_dim

@@ -22,9 +22,9 @@ its probability at T = 1.
 
 from __future__ import annotations  # without triton, tl.constexpr below is only a name
 
-import os
-
 import torch
+
+from common.plumbing import fused_ops
 
 try:  # it comes with CUDA builds of torch; one binary serves every batch size B
     import triton
@@ -34,14 +34,12 @@ try:  # it comes with CUDA builds of torch; one binary serves every batch size B
 except ImportError:
     triton, jit = None, lambda kernel: kernel
 
-FUSED = False  # whether a GPU takes the kernels: not before they have been measured
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # tests: the kernels run in Python, on CPU tensors
 ROWS, PART = 1, 4096  # a program has so many rows and words
 
 
 def race(logits, temperature, generator):
     """From logits [B, V]: a token of each row and its log-probability, both [B]."""
-    fused = FUSED and triton is not None and (logits.is_cuda or INTERPRET)
+    fused = fused_ops.FUSED and fused_ops.runs_kernels(logits)
     return (_race_triton if fused else _race_torch)(logits, temperature, generator)
 
 
