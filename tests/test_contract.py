@@ -40,14 +40,16 @@ LONGER = {
     ("luffy", "parse_args"): 75,  # and six of its own
 }
 
-FAMILY = {  # parent, child: changed lines in %, difflib ratio, hunks
+# parent, child: changed lines in %, difflib ratio, hunks. What scripts share became shorter when the draw of
+# a token moved to plumbing, so what differs is a larger share
+FAMILY = {
     ("grpo", "prefix_rft"): (12, 0.88, 18),
     ("grpo", "luffy"): (14, 0.86, 22),  # with CHORD, SRFT, HPT and UFT as flags
     ("grpo", "opsd"): (20, 0.80, 22),
-    ("sft", "idft_hinted"): (30, 0.73, 24),  # rewriting: one list a line, no splatted arguments
+    ("sft", "idft_hinted"): (30, 0.72, 24),  # rewriting: one list a line, no splatted arguments
     ("sft", "rft_rejection"): (30, 0.73, 22),  # what it asks is checked before an earlier run is moved
     ("sft", "dpo"): (30, 0.74, 24),
-    ("grpo", "rlhf_ppo"): (42, 0.60, 44),  # grpo.py has flags that PPO has no use for
+    ("grpo", "rlhf_ppo"): (42, 0.59, 44),  # grpo.py has flags that PPO has no use for
 }
 # grpo.py has relatives that PPO has no use for: its copies are those of grpo.py with lines left out
 SHORTER = {("rlhf_ppo", "advantages"), ("rlhf_ppo", "policy_loss")}

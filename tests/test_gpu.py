@@ -15,7 +15,7 @@ import common.tokenization as tok
 import grpo
 import sft
 from common.logprob import token_logprobs
-from common.plumbing import models
+from common.plumbing import fused_ops, models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 WIDE = [(1000, 128, 479), (2000, 576, 49152), (777, 896, 32003), (3000, 1536, 151936)]  # tokens, D, V
@@ -68,7 +68,9 @@ def test_peak_memory_on_the_cpu_of_a_machine_with_a_gpu():
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
 
 
-def test_greedy_responses_are_the_cpu_s(monkeypatch):
+@pytest.mark.parametrize("fused", [False, True], ids=["as it is", "fused"])
+def test_greedy_responses_are_the_cpu_s(fused, monkeypatch):
+    monkeypatch.setattr(fused_ops, "FUSED", fused)
     questions = ["Compute 1 + 1.", "Who?", "What is the median of 75, 60, 21, 3, 8?", "a b " * 12] * 2
     args, done = grpo.parse_args(["--max-new-tokens", "60"]), []
     for place in ("cuda", "cpu"):
