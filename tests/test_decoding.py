@@ -206,7 +206,7 @@ def test_models_with_sliding_windows_take_the_eager_path(name, recorded, capsys,
 def test_a_reason_is_given_for_what_is_not_recorded():
     plain = random_model(LlamaConfig(**SIZE))
     dynamic = random_model(LlamaConfig(**SIZE, rope_parameters=DYNAMIC))
-    reasons = [decoding.obstacles(m, decoding.Cache(m.config)) for m in (plain, dynamic)]
+    reasons = [cuda_graph.obstacles(m, decoding.Cache(m.config)) for m in (plain, dynamic)]
     assert reasons[0] == ("", "") and reasons[1][0] == "" and "RoPE" in reasons[1][1]
 
 

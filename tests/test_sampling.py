@@ -21,7 +21,7 @@ import common.tokenization as tok
 import grpo
 import luffy
 import prefix_rft
-from common.plumbing import decoding, models
+from common.plumbing import cuda_graph, decoding, models
 
 # of different lengths, so all but the longest are padded on the left; two are equal
 QUESTIONS = [
@@ -229,7 +229,7 @@ def test_buffers_give_the_samples_of_transformers_cache(tiny, monkeypatch):
     assert min(lengths) < 100 < 150 < max(lengths)
     calls = model.config.num_hidden_layers * max(lengths)
     assert len(places) == calls and len(set(places)) < calls / 4
-    monkeypatch.setattr(decoding, "obstacles", lambda *_: ("transformers manages its cache",) * 2)
+    monkeypatch.setattr(cuda_graph, "obstacles", lambda *_: ("transformers manages its cache",) * 2)
     torch.manual_seed(0)
     assert grpo.sample(model, tokenizer, prompts, 3.0, args) == fixed
 

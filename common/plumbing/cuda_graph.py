@@ -1,6 +1,21 @@
 """CUDA graphs: a step of decoding, recorded once for each shape and then replayed."""
 
 import torch
+from transformers.cache_utils import DynamicLayer
+
+
+def obstacles(model, cache):
+    """What forbids buffers of fixed size, and what forbids recording; "" where nothing does."""
+    config = model.config.get_text_config()
+    rope = str(getattr(config, "rope_parameters", ""))
+    why = ""
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        why = "the model has sliding windows"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        why = "layers of the model share keys and values"
+    elif "dynamic" in rope or "longrope" in rope:
+        return "", "the model's RoPE depends on the longest position"
+    return why, why
 
 
 class Replay:

@@ -10,7 +10,6 @@ Only between steps does the host look at the rows, drop those that have finished
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 import common.tokenization as tok
 from common.plumbing import cuda_graph, fused_step, models, ranks
@@ -97,20 +96,6 @@ class Cache(DynamicCache):
             layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
 
-def obstacles(model, cache):
-    """What forbids buffers of fixed size, and what forbids recording; "" where nothing does."""
-    config = model.config.get_text_config()
-    rope = str(getattr(config, "rope_parameters", ""))
-    why = ""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        why = "the model has sliding windows"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        why = "layers of the model share keys and values"
-    elif "dynamic" in rope or "longrope" in rope:
-        return "", "the model's RoPE depends on the longest position"
-    return why, why
-
-
 # ---- a batch ---------------------------------------------------------------------------------------------
 
 
@@ -127,6 +112,7 @@ class Batch:
         models.demand_positions(model, max(lengths) - 1)  # the last token that is drawn is not read
         self.model, self.contexts, self.device = model, contexts, model.device
         self.width = max(map(len, prompts))
+
         rows = self.unfinished = len(budgets)
         self.budget = torch.tensor(budgets, device=self.device)
         self.alive = self.budget > 0
@@ -150,7 +136,7 @@ class Batch:
         self.logits = logits[copies, -1]
         self.position = position[copies, -1:]  # [B, 1], of the last token
         self.token = torch.zeros_like(self.position)  # [B, 1], the last token
-        not_fixed, self.not_recorded = obstacles(self.model, self.cache)
+        not_fixed, self.not_recorded = cuda_graph.obstacles(self.model, self.cache)
         if not_fixed:
             self.cache.batch_select_indices(copies)
             self.mask = mask[copies]  # [B, columns], 1 on what is read
@@ -215,6 +201,7 @@ class Batch:
         order = torch.arange(rows, device=self.device)
         order[free] = self.alive[rows:].nonzero()[:, 0] + rows
         self.alive, self.budget, self.slot = self.alive[order], self.budget[order], self.slot[order]
+
         # rows of the model's batch: those of each context
         context = torch.arange(self.contexts, device=self.device)
         targets = (free[:, None] * self.contexts + context).flatten()
