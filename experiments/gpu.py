@@ -187,7 +187,7 @@ class OldCache(decoding.DynamicCache):
         return super().update(keys, values, *args, **kwargs)
 
 
-class OldLayer(decoding.DynamicLayer):
+class OldLayer(cuda_graph.DynamicLayer):
     ROOM, buffers = 32, ()
 
     def update(self, keys, values, *args, **kwargs):
