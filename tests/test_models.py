@@ -37,6 +37,7 @@ from transformers import (
 
 import common.tokenization as tok
 import grpo
+import idft_hinted
 import sft
 from common.plumbing import decoding, models
 from common.plumbing import runs as plumbing_runs
@@ -446,22 +447,15 @@ def test_a_prefix_is_a_part_of_the_budget(pad_is_eos, run, tmp_path):
         assert all(line["response_len"] <= 85 for line in lines)
 
 
-@pytest.mark.parametrize("name", ["idft_hinted", "dpo"])
-def test_more_tokens_than_positions_are_refused_where_only_the_run_can_tell(
-    name, pad_is_eos, small, tmp_path, capsys
-):
-    """A hint beside the question, external pairs; 128 positions."""
+def test_a_hint_that_exceeds_the_positions_is_refused(pad_is_eos, small, tmp_path, capsys):
+    """Its length is known when the demonstrations are; 128 positions."""
     folder = shutil.copytree(pad_is_eos, tmp_path / "model")
     gpt2(479, n_positions=128, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
-    pair = {"prompt": "1 + 1?", "chosen": "2 " * 600, "rejected": "3"}
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair, pair | {"prompt": "1 + 2?"}])
-    more = {
-        "idft_hinted": ["--hint-template", "{question} {solution}" + " please" * 200],
-        "dpo": ["--pairs", pairs],
-    }[name]
-    script = importlib.import_module(name)
+    hint = ["--hint-template", "{question} {solution}" + " please" * 200]
     with pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args(small(name, tmp_path / "run", "--model", folder, *more)))
+        idft_hinted.main(
+            idft_hinted.parse_args(small("idft_hinted", tmp_path / "run", "--model", folder, *hint))
+        )
     assert stop.value.code == 2 and "positions; lower --max-new-tokens" in capsys.readouterr().err
 
 
