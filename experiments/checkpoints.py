@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=2 experiments/checkpoints.py --model 0.5B --folder FOLDER
     python experiments/checkpoints.py --model 0.5B --folder FOLDER       # one process
+    python experiments/checkpoints.py --model 1.5B --folder FOLDER --write-only     # 20 GiB of memory
 
 Weights and both moments of Adam are fp32. Memory is the resident set of a rank beyond what it trains, sampled
 while it writes; on a CPU the weights and moments themselves are in it, on a GPU they are not.
@@ -72,6 +73,7 @@ def main():
     parser.add_argument("--model", default="0.5B", choices=[name[8:] for name in memory.SHAPES])
     parser.add_argument("--folder", required=True, help="where to write; it is removed at the end")
     parser.add_argument("--moments", type=int, default=2, help="of Adam; fewer take less memory here")
+    parser.add_argument("--write-only", action="store_true", help="not read: that takes the moments twice")
     args = parser.parse_args()
     rank, count = ranks.shard()
     folder = Path(args.folder) / "checkpoint-000001"
@@ -92,16 +94,21 @@ def main():
     with Peak() as save:
         runs.save_model(folder, model, tokenizer, optimizer, {"step": 1})
     size = sum(path.stat().st_size for path in folder.iterdir())
-    with Peak() as load:
-        state = storage.read_state(folder)
-    equal = []
-    for i, p in enumerate(model.parameters()):
-        for name, x in optimizer.state[p].items():
-            equal.append(torch.equal(ranks.part(x), ranks.part(state["optimizer"]["state"][i][name])))
+    measured = [("final/", model_only), ("checkpoint", save)]
+    verdict = ""
+    if not args.write_only:
+        with Peak() as load:
+            state = storage.read_state(folder)
+        measured.append(("state read", load))
+        equal = []
+        for i, p in enumerate(model.parameters()):
+            for name, x in optimizer.state[p].items():
+                equal.append(torch.equal(ranks.part(x), ranks.part(state["optimizer"]["state"][i][name])))
+        verdict = f"; equal: {all(equal)}"
     line = f"rank {rank} of {count}: holds {kept / 2**30:.2f} GiB, checkpoint {size / 2**30:.2f} GiB"
-    for name, peak in ("final/", model_only), ("checkpoint", save), ("state read", load):
+    for name, peak in measured:
         line += f"; {name} {peak.seconds:.1f} s, {peak.most / 2**30:.2f} GiB more"
-    for text in ranks.gather([line + f"; equal: {all(equal)}"]):
+    for text in ranks.gather([line + verdict]):
         print(text)
     if ranks.is_first():
         shutil.rmtree(folder.parent)
