@@ -122,7 +122,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
     def draw(logits):
         """From logits [B, V]: next token, its log-probability, whether the response ends; all [B]."""
-        # from softmax(logits / temperature), without top-p: what `logprobs` scores
+        # from softmax(logits / temperature), the likeliest at 0; no top-p: what `logprobs` scores
         token, logp = draws.race(logits, temperature, generator)  # [B], [B]
         ended = (token[:, None] == stops).any(1)  # [B]
         return token, logp, ended

@@ -135,6 +135,44 @@ def pad_is_eos(tmp_path_factory):
     return folder
 
 
+def compiled(kernel, types, constants, aligned, cc, launch):
+    """A Triton kernel compiled for a GPU that need not be there, and what ptxas says: spills are refused."""
+    triton = pytest.importorskip("triton", reason="triton is not installed: the kernels cannot be compiled")
+    from triton.backends.compiler import GPUTarget
+
+    place = {name: i for i, name in enumerate(kernel.arg_names)}
+    signature = {name: "constexpr" if name in constants else types[name] for name in place}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        {(place[name],): value for name, value in constants.items()},
+        {(place[name],): [["tt.divisibility", 16]] for name in aligned},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=launch)
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(binary.asm["ptx"])
+        file.flush()
+        arch = f"sm_{cc}a" if cc == 90 else f"sm_{cc}"
+        command = [ptxas, "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, (kernel, report)
+    assert binary.metadata.shared <= {80: 163, 86: 99, 90: 227}[cc] * 1024, kernel
+    return binary
+
+
+def are_greedy(responses, model, prompts, budget):
+    """Whether these are what generate() gives, prompt by prompt."""
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=budget
+        )
+        if response != whole[0, len(prompt) :].tolist():
+            return False
+    return True
+
+
 @pytest.fixture
 def float64(monkeypatch):
     """Everything in double precision: rounding errors are near 1e-12, and Adam cannot amplify them."""

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, gpt2
+from conftest import ROOT, are_greedy, gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -194,10 +194,7 @@ def test_models_with_sliding_windows_take_the_eager_path(name, recorded, capsys,
     for _ in range(2):
         responses, logps = grpo.sample(model, EOS, prompts, 0.0, args)
     assert not recorded and capsys.readouterr().out.count("sliding windows") == 1
-    for prompt, response in zip(prompts, responses):
-        ids = torch.tensor([prompt])
-        want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
-        assert response == want[0, len(prompt) :].tolist()
+    assert are_greedy(responses, model, prompts, 30)
     tokens, mask = tok.join(prompts, responses)
     scored, _ = grpo.score(model, tokens, mask, args)
     assert (scored - tok.align(logps, mask)).abs().max() < 1e-4

@@ -12,11 +12,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -508,37 +508,15 @@ def test_offsets_beyond_int32():
 @pytest.mark.parametrize("dtype, cc", [("bf16", 80), ("bf16", 86), ("bf16", 90), ("fp32", 86)])
 def test_ahead_of_time_compilation(dtype, cc):
     """The default tile fits the registers and the shared memory of A100, RTX 30/A6000 and H100."""
-    triton = pytest.importorskip("triton", reason="triton is not installed: the kernels cannot be compiled")
-    from triton.backends.compiler import GPUTarget
-
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     bk = logprob.BK_BYTES // (2 if dtype == "bf16" else 4)
     constants = {"BM": logprob.BM, "BN": logprob.BN, "BK": bk, "UPCAST": False}
     for kernel in (logprob._forward_kernel, logprob._backward_kernel):
         own = constants | ({"SPAN": logprob.SPAN} if "SPAN" in kernel.arg_names else {})
-        types = dict.fromkeys(("h", "w", "dz"), f"*{dtype}") | dict.fromkeys(
-            ("zt", "stats", "m", "a", "b", "g"), "*fp32"
-        )
-        types |= {"t": "*i64", "inv_T": "fp32"} | dict.fromkeys(own, "constexpr")
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        aligned = [
-            i for i, name in enumerate(kernel.arg_names) if name not in own and name not in ("n", "inv_T")
-        ]
-        source = triton.compiler.ASTSource(
-            kernel,
-            signature,
-            {(kernel.arg_names.index(name),): value for name, value in own.items()},
-            {(i,): [["tt.divisibility", 16]] for i in aligned},
-        )
-        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=logprob.LAUNCH)
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(binary.asm["ptx"])
-            file.flush()
-            arch = f"sm_{cc}a" if cc == 90 else f"sm_{cc}"
-            command = [ptxas, "-v", f"--gpu-name={arch}", file.name, "-o", os.devnull]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        assert re.search(r"0 bytes spill stores, 0 bytes spill loads", report), report
-        assert binary.metadata.shared <= {80: 163, 86: 99, 90: 227}[cc] * 1024
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"t": "*i64", "inv_T": "fp32"}
+        types |= dict.fromkeys(("h", "w", "dz"), f"*{dtype}")
+        types |= dict.fromkeys(("zt", "stats", "m", "a", "b", "g"), "*fp32")
+        aligned = [name for name in kernel.arg_names if name not in own and name not in ("n", "inv_T")]
+        binary = compiled(kernel, types, own, aligned, cc, logprob.LAUNCH)
         if dtype == "bf16":
             assert ("wgmma" if cc == 90 else "mma.sync") in binary.asm["ptx"]
         else:  # products of fp32 are not those of TF32's ten bits, which no interpreter would show

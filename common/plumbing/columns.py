@@ -256,5 +256,5 @@ def message(messages, role):
         kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}
         if kinds - {"text"}:
             raise ValueError(f"has a message with {', '.join(sorted(kinds - {'text'}))}; only text is read")
-        content = "".join(part.get("text") or "" if isinstance(part, dict) else part for part in content)
+        content = "".join((part.get("text") or "") if isinstance(part, dict) else part for part in content)
     return text(content, role)
