@@ -134,8 +134,12 @@ def rate_of(cell, records):
 
 
 def can_start(cell, done, records):
-    """Whether the cell that it begins with is among the keys `done`, and its learning rate is known."""
-    if cell.source and cell.source.key not in done:
+    """Whether the model that it begins with is there, and its learning rate is known.
+
+    The base's model is there before any cell is `done`.
+    """
+    is_trained = cell.source and cell.source.row != "base"
+    if is_trained and cell.source.key not in done:
         return False
     return cell.row in ("base", "start") or rate_of(cell, records)[0] is not None
 

@@ -70,7 +70,8 @@ def test_a_cell_waits_for_its_model_and_its_rate():
     assert start.source == Cell("small", "wp", "base", 0) and sft.source == start and both.source == sft
     can = real_cells.can_start
     assert can(Cell("small", "wp", "base", 0), set(), {})
-    assert can(start, {start.source.key}, {}) and not can(start, set(), {})
+    assert can(start, set(), {})  # the base is there before any cell is done
+    assert not can(sft, set(), tuned())
     assert not can(sft, {start.key}, {}) and can(sft, {start.key}, tuned())
     assert can(Cell("small", "wp", "sft", TUNING_SEED, 1e-4), {start.key}, {})
     assert not can(both, {start.key}, tuned()) and can(both, {sft.key}, tuned())
