@@ -150,7 +150,6 @@ def test_no_other_number_of_the_readme_is_a_measurement():
         "0.2",
         "0.1",  # two values of β
         "46",  # bugs of the zoo: tests/test_zoo.py
-        "0.1.0",  # the version
         "135",  # the name of a model
         "7",  # coins of Ann
         "0.6",  # a temperature

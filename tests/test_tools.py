@@ -361,9 +361,17 @@ def test_an_install_has_every_script_and_package():
     assert where["namespaces"] is False
 
 
-def test_the_version_is_the_citation_s():
-    [cited] = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    assert PROJECT["project"]["version"] == cited
+@pytest.mark.parametrize(
+    "file, pattern",
+    [
+        ("CITATION.cff", r"^version: (\S+)$"),
+        ("README.md", r"version = \{(.+?)\}"),
+        ("CHANGELOG.md", r"\A.*?^## (\S+)"),  # the newest part
+    ],
+)
+def test_the_version_is_the_same_everywhere(file, pattern):
+    found = re.search(pattern, (ROOT / file).read_text(), re.M | re.S)
+    assert found and found[1] == PROJECT["project"]["version"]
 
 
 def test_the_workflow_runs_what_contributors_run():
