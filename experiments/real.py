@@ -30,7 +30,8 @@ there: the demonstrations of the one and the samples of the other. Compute is no
 trained tokens and CPU minutes are columns.
 
 **Sizes.** `small` is that, in fp32. `small-bf16` has bf16 activations, for a GPU or a CPU with instructions
-for them. `large` is for a GPU: 16 questions a step, 80 steps, bf16. A table has records of one size only.
+for them. `half` has 4 questions a step in fp32, for two CPU cores without such instructions. `large` is for
+a GPU: 16 questions a step, 80 steps, bf16. A table has records of one size only.
 
 **Learning rates.** Four for each of SFT, DFT, GRPO and Prefix-RFT, with seed 7, which no row has, on 200
 questions that are neither trained on nor reported. The highest pass@1 wins, and of equals the lowest rate.
@@ -90,8 +91,8 @@ ESTIMATE = {
     "cuda": {"base": 0.6, "start": 1.1, "sft": 1.2, "dft": 1.2, "rft": 1.3, "grpo": 1.7, "prefix_rft": 2},
 }
 QUICKER = {  # a size's share of that
-    "cpu": {"small": 1, "small-bf16": 0.5, "large": 4, "smoke": 0.02},
-    "cuda": {"small": 1, "small-bf16": 1, "large": 3, "smoke": 0.5},
+    "cpu": {"small": 1, "half": 0.6, "small-bf16": 0.5, "large": 4, "smoke": 0.02},
+    "cuda": {"small": 1, "half": 0.6, "small-bf16": 1, "large": 3, "smoke": 0.5},
 }
 
 # ---- records ---------------------------------------------------------------------------------------------
