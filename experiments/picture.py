@@ -34,7 +34,7 @@ FAMILY = {  # script: parent, what it is
 SHOWN = {  # script: its row where every question is demonstrated, and where only easy ones are
     "sft": ("all: sft", "easy: sft"),
     "rft_rejection": ("answers: rft, k = 4",) * 2,
-    "idft_hinted": ("all: hinted + idft", "easy: idft"),
+    "idft_hinted": ("all: hinted + idft", "easy: hinted + idft"),  # as without flags; easy: no row
     "dpo": ("answers: dpo",) * 2,
     "grpo": ("answers: grpo",) * 2,
     "prefix_rft": ("all: prefix_rft", "easy: prefix_rft"),
@@ -96,9 +96,9 @@ def draw(records):
             if key in BY_KEY and rec.numbers(records, key, "primary", regime):
                 charts.dot(axis, records, key, regime, y)
             elif key:
-                axis.text(0.5, y, "not run", ha="center", va="center", fontsize=7.5)
+                axis.text(0.7, y, "not run", ha="center", va="center", fontsize=7.5)
             else:
-                axis.text(0.5, y, "gold reward, see its page", ha="center", va="center", fontsize=7.5)
+                axis.text(0.7, y, "gold reward", ha="center", va="center", fontsize=7.5)
         base = rec.numbers(records, rec.BASE, "primary", regime)
         if base:
             axis.axvline(base[0], color=GREY, linestyle="--", linewidth=1)

@@ -14,8 +14,8 @@ most, which no method sees; KL is that of whole responses to the base model in n
 bound log n - (n - 1) / n (Stiennon et al., 2009.01325, appendix G.3; Beirami et al., 2401.01879, show
 that it is one).
 
-What has been measured is kept in experiments/results/ppo/, a file a cell. An interval is the middle 95 % of
-bootstrap draws that resample seeds and questions; with five seeds it covers about 85 % (docs/protocol.md).
+What has been measured is kept in experiments/results/ppo/, a file a cell. An interval is Student's 95 % over
+the seeds; each has a reward model of its own. Differences are paired by seed.
 Fixed before the runs: PPO works if the interval of its gain in utility is above 0; the reward model is
 over-optimised where a smaller beta has a higher score and a lower utility, both intervals off 0.
 """
@@ -24,8 +24,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from math import comb, log
+from math import comb, log, nan
 from pathlib import Path
 
 import torch
@@ -36,6 +35,7 @@ import rlhf_ppo  # noqa: E402
 from common import tokenization as tok  # noqa: E402
 from common.plumbing import data, folders, models  # noqa: E402
 from experiments.figures import COLORS, canvas, label, save, styled  # noqa: E402
+from experiments.intervals import student  # noqa: E402
 from experiments.study import process  # noqa: E402
 from experiments.tables import insert  # noqa: E402
 
@@ -129,30 +129,11 @@ def best_of(n, score, utility):
 # ---- intervals -------------------------------------------------------------------------------------------
 
 
-@cache
-def resampled(seeds, questions, times):
-    """How often each draw has each seed and question, over their number: [times, seeds], [times, questions].
-
-    Of S seeds S - 1 are drawn: S draws of so few would have (S - 1) / S of the variance of their mean.
-    """
-    generator = torch.Generator().manual_seed(0)  # the same draws for every row: comparisons are paired
-    drawn = []
-    for n, of in ((max(1, seeds - 1), seeds), (questions, questions)):
-        some = torch.randint(of, (times, n), generator=generator)
-        drawn.append(torch.zeros(times, of).scatter_add_(1, some, torch.ones(times, n)) / n)
-    return drawn
-
-
-def draws(correct, times=20000):
-    """Bootstrap means of [seeds, questions]: both are resampled, as they would be in another study."""
-    some, of = resampled(*correct.shape, times)
-    return ((some @ correct) * of).sum(1)
-
-
-def interval(correct):
-    """Mean and the middle 95 % of the draws."""
-    low, high = draws(correct).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return [round(x, 4) for x in (correct.mean().item(), low, high)]
+def interval(numbers):
+    """Mean and Student's 95 % interval of [seeds, questions]; of a single seed the mean alone."""
+    means = numbers.mean(1).tolist()
+    ends = student(means).interval() if len(means) > 1 else (nan, nan)
+    return [round(x, 4) for x in (numbers.mean().item(), *ends)]
 
 
 # ---- reporting -------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ CLAIMS = [
                ("whole prefix", "prefix not trained", "random 20 %", "bottom 20 %")])),
     Claim("a cosine schedule of prefix lengths is above a uniform one", "2507.01679: a figure",
           over(f"{EASY}: {PREFIX}", [f"{EASY}: {PREFIX}, uniform"])),
-    Claim("10 % or 1 % of the demonstrations suffice: above GRPO", "2507.01679: 40.8, 37.6; 30.0",
+    Claim("Prefix-RFT with 10 % or 1 % of the demonstrations is above GRPO", "2507.01679: 40.8, 37.6; 30.0",
           tuple((f"all: {PREFIX}, {share} % demonstrated", "answers: grpo", "primary") for share in (10, 1))),
     Claim("half of the demonstrations incorrect: Prefix-RFT is above SFT, SFT then GRPO, LUFFY, and GRPO", "",
           contrasts("noisy")),
@@ -200,7 +200,8 @@ CLAIMS = [
           over("all: hinted + idft", ["answers: dpo", "answers: simpo"])),
 ]  # fmt: skip
 NOT_TESTABLE = {  # what this world cannot answer, and why
-    "pass@k at large k": "at 64 tries guessing counts: one that is correct in 1.7 % of the tries solves 66 %",
+    "pass@k at large k": "with 64 tries guessing is enough: a guess that is correct in 1.7 % of the tries "
+    "succeeds in 66 % of the cases",
     "incorrect answers stop growing under Dr. GRPO": "responses have 15 tokens and never reach the budget",
     "DAPO's length limit": "the same",
     "IDFT forgets less than SFT": "see experiments/retention.py, which compares at equal pass@1",

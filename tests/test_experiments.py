@@ -1,4 +1,4 @@
-"""The tables of README and docs: bootstrap and best-of-n, and that they hold what was measured."""
+"""The tables of README and docs: intervals and best-of-n, and that they hold what was measured."""
 
 import itertools
 import json
@@ -73,23 +73,13 @@ def test_the_table_and_the_figure_of_retention_are_those_of_the_records(tmp_path
     assert (tmp_path / "again.svg").read_text() == committed.read_text(), "run experiments/retention.py"
 
 
-def test_the_bootstrap_resamples_seeds_and_questions():
-    """Its standard deviation is that of a mean over both: seeds that differ are not averaged away."""
-    torch.manual_seed(0)
-    seeds, questions = torch.randn(5, 1), torch.randn(1, 200)
-    apart = ppo_sweep.draws(seeds.expand(5, 200), 4000).std().item()
-    assert apart == pytest.approx((seeds.var() / 5).sqrt().item(), rel=0.05)
-    apart = ppo_sweep.draws(questions.expand(5, 200), 4000).std().item()
-    assert apart == pytest.approx((questions.var(correction=0) / 200).sqrt().item(), rel=0.05)
-
-
-def test_the_draws_of_two_methods_are_the_same():
-    """Paired: a method that is better by the same on every question is better by that in every draw."""
-    torch.manual_seed(0)
-    correct = torch.rand(3, 50)
-    assert (ppo_sweep.draws(correct + 0.25) - ppo_sweep.draws(correct)).sub(0.25).abs().max() < 1e-6
-    mean, low, high = ppo_sweep.interval(correct)
-    assert low < mean < high
+def test_an_interval_of_the_sweep_is_over_seeds():
+    """Questions are averaged first: seeds that differ are not averaged away, and a constant gain is exact."""
+    seeds = torch.tensor([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]])
+    mean, low, high = ppo_sweep.interval(seeds)
+    half = 4.302653 / 3**0.5  # the 97.5 % quantile of Student's t with two degrees of freedom
+    assert (mean, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half), abs=1e-3)
+    assert ppo_sweep.interval((seeds + 0.25) - seeds) == [0.25] * 3
 
 
 @pytest.mark.parametrize("script", defaults.SCRIPTS)

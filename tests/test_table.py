@@ -55,7 +55,7 @@ TABLE = {
         "test_weight_of_opsd",
     ),
     "rlhf_ppo.py": (
-        "I_clip · r · A_t, of a critic: GAE of a reward model's score − β log π_old/π_ref",
+        "I_clip · r · A_t, whitened, of a critic: GAE of a reward model's score − β log π_old/π_ref",
         "response",
         "tokens",
         "test_weight_of_rlhf",
