@@ -43,12 +43,10 @@ def student(values):
     return Estimate(mean(values), sqrt(variance(values) / len(values)), len(values) - 1)
 
 
-def one_sample(values, number, error=0.0):
-    """The mean of the values minus a number, whose own standard error is known or left out."""
+def one_sample(values, number):
+    """The mean of the values minus a number without an error of its own."""
     own = student(values)
-    both = sqrt(own.error**2 + error**2)
-    freedom = own.freedom * (both / own.error) ** 4 if own.error else own.freedom  # Welch-Satterthwaite
-    return Estimate(own.mean - number, both, freedom)
+    return Estimate(own.mean - number, own.error, own.freedom)
 
 
 def welch(a, b):

@@ -43,9 +43,17 @@ the same on 400 questions of another origin; greedy accuracy; pass@4 of the same
 
 **Intervals.** Student's 95 % over three seeds, and Welch's for a difference of two rows. They say how far
 another seed would be, with this start and these questions. The choice of 400 questions alone has a standard
-error of about .02, but it is the same choice for all rows.
+error of about .02 in a row, and of about .01 in a difference of two.
 
 **Order.** Base, start, SFT, GRPO, Prefix-RFT, then DFT, RFT, SFT then GRPO; `wp` before `legs`.
+
+Changed after the first runs
+----------------------------
+**Sizes.** `small-bf16` was meant for a CPU. It ran on a GPU, and `large` has not been run. `half` was added
+for `legs`, when its base and start had been asked, which are the same in both sizes.
+
+**Comparisons.** DFT over the start, RFT over the start and DFT over GRPO were added when all of `wp` had been
+read. The start was measured once: the error of its samples widens the intervals over it.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Tables and a figure of the records of experiments/real.py, for docs/results.md."""
 
+from math import hypot
 from pathlib import Path
 from statistics import mean
 
@@ -8,7 +9,6 @@ from experiments import real_prepare
 from experiments.figures import COLORS, GREY, canvas, save, styled
 from experiments.intervals import one_sample, student, welch
 from experiments.real_cells import (
-    AFTER,
     RATES,
     RECORDS,
     ROWS,
@@ -54,11 +54,13 @@ def of_seeds(values):
 
 def difference(a, b, error=0.0):
     """The mean of a minus that of b. A single b, such as the start's, has the error of its samples."""
+    between = mean(a) - mean(b)
     if len(a) < len(SEEDS) or 1 < len(b) < len(SEEDS):
-        return f"{mean(a) - mean(b):+.3f}"
-    found = welch(a, b) if len(b) >= len(SEEDS) else one_sample(a, b[0], error)
-    low, high = found.interval()
-    return f"{found.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{between:+.3f}"
+    found = welch(a, b) if len(b) >= len(SEEDS) else one_sample(a, b[0])
+    # both errors, never narrower than the seeds' interval alone
+    half = hypot(found.interval()[1] - found.mean, 1.96 * error)
+    return f"{between:+.3f} [{between - half:+.3f}, {between + half:+.3f}]"
 
 
 def places(records):
@@ -94,7 +96,7 @@ def results(records, size, data):
         rates = sorted({x["rate"] for x in done if x["rate"]})
         line += [", ".join(f"{rate:g}" for rate in rates), str(len(done))]
         lines.append(line)
-    head = ["", "pass@1", "greedy", "pass@4", "other: pass@1", "greedy", "pass@4"]
+    head = ["", "pass@1", "greedy", "pass@4", "other: pass@1", "other: greedy", "other: pass@4"]
     return table([*head, "generated", "trained", "minutes", "learning rate", "seeds"], lines)
 
 
@@ -107,11 +109,8 @@ def comparisons(records, size, data):
             line = [f"{better} over {worse}"]
             for level in (HELD_OUT, OTHER):
                 pair = [numbers(rows[row], level) for row in (better, worse)]
-                error = sampling_error(rows[worse][0]["asked"][level])
-                if AFTER.get(better) == worse and len(pair[0]) == len(pair[1]):
-                    # a run and the one that it continues: their seeds differ together
-                    pair, error = ([x - y for x, y in zip(*pair)], [0.0]), 0.0
-                line.append(difference(*pair, error))
+                single = rows[worse][0]["asked"][level] if len(rows[worse]) == 1 else None
+                line.append(difference(*pair, sampling_error(single) if single else 0.0))
             lines.append(line)
     return table(["difference in pass@1", "held out", "another origin"], lines) if lines else []
 

@@ -373,10 +373,10 @@ def test_intervals():
     assert real_report.of_seeds(three) == f"0.320 [{0.32 - half:.3f}, {0.32 + half:.3f}]"
     assert real_report.of_seeds([0.3]) == "0.300"
     assert real_report.difference(three, [0.2]) == f"+0.120 [{0.12 - half:+.3f}, {0.12 + half:+.3f}]"
-    # the start's samples have an error, too: with the same as the seeds' there are 2 x 2^2 degrees of freedom
-    half = 2.3060 * math.sqrt(2 * 0.0007 / 3)
-    found = real_report.difference(three, [0.2], math.sqrt(0.0007 / 3))
-    assert found == f"+0.120 [{0.12 - half:+.3f}, {0.12 + half:+.3f}]"
+    # the start's samples have an error, too
+    both = math.hypot(half, 1.96 * 0.01)
+    found = real_report.difference(three, [0.2], 0.01)
+    assert found == f"+0.120 [{0.12 - both:+.3f}, {0.12 + both:+.3f}]"
     half = 2.7764 * math.sqrt(2 * 0.01 / 3)  # equal variances: 4 degrees of freedom
     both = real_report.difference([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert both == f"-0.300 [{-0.3 - half:+.3f}, {-0.3 + half:+.3f}]"
