@@ -12,9 +12,9 @@ It never raises and never prints. A text is read in five steps, each in its own 
               power > atom. It returns small values (Number, Quantity, Tuple, Set, ...) that hold
               sympy expressions
     evaluate  an expression at a point: exactly, or as a value with a bound of its error
-    same      are two values the same answer? One case for each policy
+    same      are two values the same answer?
 
-Policies; the same names stand in `same` and in docs/verifier.md
+Policies; docs/verifier.md has an example of each
 
     last box      The last \boxed{} or \fbox{} counts; an empty or unterminated one is no answer.
                   Without a box: what follows the last ####; else the last "answer is" or
@@ -32,7 +32,7 @@ Policies; the same names stand in `same` and in docs/verifier.md
                   decide is not equal, so that no size of terms that cancel buys a verdict.
     sample points Letters get fixed values. Where a floor, an absolute value or a root may change
                   branch, large, negative and integer values are among them. Letters under
-                  (-1)^n, n! or \binom are integers.
+                  (-1)^n, n! or \binom are integers, under a floor those named i to n, p and q.
     units         A missing unit is correct, a conflicting one is not. Words that assert or scale
                   are no unit: "5 million" is 5000000, and "5 is wrong" is nothing.
     brackets      (1,2) is not [1,2] or {1,2}. An open interval is written, and read, like a pair.

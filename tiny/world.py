@@ -189,7 +189,7 @@ def read_jsonl(path):
 
 # -- pre-training documents -------------------------------------------------------------------------------
 
-# Stage 1 teaches skills: single steps spelled out, running values, other small tasks, retelling a reference.
+# Stage 1 teaches skills: numbered solutions, running values, other small tasks, retelling a reference.
 # Stage 2 teaches habits: short problems, slips, skipped values, guesses; numbered steps become a rarity.
 STAGES = [
     dict(steps=2200, lr=3e-3, side=0.2, hint=0.12, slip=0.0, skip=0.0,
