@@ -80,6 +80,7 @@ def parse_args(argv=None):
     add("--simpo-beta", type=flags.number(0), default=2.0, help="SimPO: scale of the mean logp")
     add("--simpo-margin", type=flags.number(0), default=1.0, help="SimPO: margin to aim for")
     add("--pairs", help="data set with columns prompt, chosen, rejected; default: sampled")
+    add("--pairs-split", default="train", help="split of --pairs")
     add("--k", type=flags.integer(1), default=8, help="samples per question, without --pairs")
     add("--pair-questions", type=flags.integer(1), default=1000, help="questions to sample")
     return parser.parse_args(argv)
@@ -125,7 +126,7 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
 
 def load_pairs(args, test=()):
     """(prompt, chosen, rejected) for each row of --pairs that is not held out."""
-    rows = data.load_pairs(args.pairs, args.split, "--pairs", args, test)
+    rows = data.load_pairs(args.pairs, args.pairs_split, "--pairs", args, test)
     return list(zip(rows["prompt"], rows["chosen"], rows["rejected"]))
 
 
@@ -243,7 +244,7 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args)
-    pairs = load_pairs(args, test) if args.pairs else []
+    pairs = load_pairs(args, data.held_out(args)) if args.pairs and args.steps else []
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -256,19 +257,20 @@ def main(args):
             self_check(model, tokenizer, test, args)
             first = evaluate(model, tokenizer, test, args) if args.eval_first == "on" else {}
             runs.log(out, {"step": 0, "unparseable_gold": args.unparseable_gold} | first)
-            began = time.time()
-            generated = 0  # tokens
-            if args.steps and not pairs:
-                pairs, generated = sample_pairs(model, tokenizer, train, args)
-            rows = with_initial_logp(model, tokenizer, pairs, args)
-            costs = {"tokens_generated": generated, "seconds_sample": time.time() - began}
-            runs.log(out, {"step": 0} | costs, rows)
-            # for the KL: sampled once, scored as it will be scored again
-            prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
-            responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
-            logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
-            state["initial"] = (prompts, responses, logp.tolist())
-        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # samples are kept
+            if args.steps:  # else no pairs are needed
+                began = time.time()
+                generated = 0  # tokens
+                if not pairs:
+                    pairs, generated = sample_pairs(model, tokenizer, train, args)
+                rows = with_initial_logp(model, tokenizer, pairs, args)
+                costs = {"tokens_generated": generated, "seconds_sample": time.time() - began}
+                runs.log(out, {"step": 0} | costs, rows)
+                # for the KL: sampled once, scored as it will be scored again
+                prompts = tok.encode_prompts(tokenizer, test["question"], args.prompt_template)
+                responses, _ = sample(model, tokenizer, prompts, args.temperature, args)
+                logp, _ = score(model, *tok.join(prompts, responses, model.device), args)
+                state["initial"] = (prompts, responses, logp.tolist())
+                runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)
     train = data.load_samples(out)  # two rows per pair
     torch.manual_seed(args.seed)
     order = data.shuffled_batches(len(train) // 2, args.steps, args.batch_size)  # pair numbers

@@ -155,12 +155,13 @@ def rewrite(model, tokenizer, hinted, student, args):
         answers = spelled[batch.slot] == len(boxed) - 1  # [B]
         log_m = torch.where(answers[:, None], log_q, log_m)
         m, index = log_m.softmax(-1).sort(-1, descending=True)
-        m = m.masked_fill(m.cumsum(-1) - m >= 0.95, 0)  # nucleus first,
-        m = m ** (1 / 0.3)  # then temperature
+        # as in the authors' code: first the nucleus, 0.95, then the temperature, 0.3
+        m = m.masked_fill(m.cumsum(-1) - m >= 0.95, 0)
+        m = m ** (1 / 0.3)
         noise = torch.empty_like(m).exponential_(generator=generator)
         token = index.gather(1, (m / noise).argmax(-1, keepdim=True))  # [B, 1]
         spelled[batch.slot] = boxed[spelled[batch.slot], token[:, 0]]
-        logp = log_m.gather(1, token)
+        logp = log_m.gather(1, token)  # not normalised; the caller ignores it
         ended = (token == stops).any(1)
         return token[:, 0], logp[:, 0], ended
 
@@ -323,7 +324,8 @@ def main(args):
             if args.hinted == "on":
                 rows = data.subset(train, args.steps * args.batch_size, args.seed)
                 runs.log(out, *on_policy_demonstrations(model, tokenizer, rows, args))
-        runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # samples are kept
+        if args.steps:  # the samples are kept
+            runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)
     if args.hinted == "on":  # train what samples.jsonl says
         train = data.load_samples(out)
         train = train.filter(bool, input_columns="kept")

@@ -185,7 +185,7 @@ def draw_demonstration(tokenizer, row, step, args):
 
 
 def rollout(model, tokenizer, rows, step, args):
-    """A list of groups: G completions of a question with their rewards. The first is y*."""
+    """A list of groups: G completions of a question with their rewards. The first has y*."""
     rows = [row for row in rows for _ in range(args.group_size)]
     questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]
@@ -260,7 +260,7 @@ def demonstration_weight(advantage, logp, entropy, imitated, inv_z, n, args):
         "luffy": shaped,
         "sft": sft,
         "chord": sft * p * (1 - p),  # little for what is certain or out of reach
-        "srft": shaped + sft * 0.5 * (-mean_entropy).exp(),
+        "srft": shaped + sft * 0.5 * (-mean_entropy).exp(),  # SRFT's 0.5 e^-H
     }[args.demo_weight]
     return torch.where(imitated == 1, weight, advantage)
 
@@ -467,7 +467,7 @@ def main(args):
             "seconds_sample": sampling_ended - began,
             "seconds_train": time.time() - sampling_ended,
             "sampler_gap": gap.mean(),
-            "reward_hybrid": rewards[:, : args.hybrids].mean(),  # the first of each group
+            "reward_hybrid": rewards[:, : args.hybrids].mean(),  # the first --hybrids of each group
             "prefix_frac": prefix.sum() / mask.sum(),
         }
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

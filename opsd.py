@@ -265,7 +265,7 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args, demonstrations=True)
-    train = data.with_gold(train, args)  # for metrics only
+    train = data.with_gold(train, args)  # for metrics only; rows without a gold answer are left out
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     reference = None

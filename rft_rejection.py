@@ -14,7 +14,8 @@ In the one equation, grad L = - 1/Z sum mask weight grad log pi; against sft.py:
     Z       response tokens of the whole global batch
 RFT is one round: an SFT model samples, and its base is trained. RFT also checks the equations of a
 sample; this script does not. STaR (--rationalize --k 1) and ReST-EM have several rounds. RAFT and
-expert iteration are --restart continue --keep-per-question 1. --k 0 --add-gold is sft.py, bit by bit.
+expert iteration are --restart continue --keep-per-question 1. With sft.py's --lr, --k 0 --add-gold
+--questions 0 is sft.py, bit by bit.
 
     python rft_rejection.py            # tiny world, minutes on 2 CPU cores: pass@1 0.26 -> 0.39
     python rft_rejection.py --model runs/sft/final --base tiny/model --add-gold    # samples of SFT, its base

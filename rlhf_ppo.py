@@ -5,9 +5,9 @@ PPO: Schulman et al., 1707.06347; its details: Huang et al., 2403.17031. Three s
 
     1 preferences.jsonl   completions of the initial policy; which one an annotator prefers, y_w > y_l
     2 reward_model/       L = - mean log sigmoid( R(y_w) - R(y_l) ), R read at the last token
-    3 final/              PPO on r_t = - beta log(pi_old / pi_ref)_t, plus R at the last token, with
+    3 final/              PPO on R_t = - beta log(pi_old / pi_ref)_t, plus R at the last token, with
                           a critic V:
-                          delta_t = r_t + V_t+1 - V_t        A_t = delta_t + lambda A_t+1
+                          delta_t = R_t + V_t+1 - V_t        A_t = delta_t + lambda A_t+1
 
 In the one equation, grad L = - 1/Z sum mask weight grad log pi; against grpo.py:
     data    on-policy completions, G for each question
@@ -86,6 +86,7 @@ def parse_args(argv=None):
     add("--minibatches", type=flags.integer(1), default=1, help="updates per pass over samples")
     add("--stop-after", choices=["preferences", "reward", "ppo"], default="ppo", help="last stage")
     add("--preferences", help="data set with prompt, chosen, rejected; default: ranked samples")
+    add("--preferences-split", default="train", help="split of --preferences")
     add("--annotator", choices=["simulated", "human"], default="simulated", help="who ranks samples")
     add("--preference-questions", type=flags.integer(1), default=3000, help="questions ranked")
     add("--slope", type=flags.number(0), default=2.0, help="annotator's precision; 0: random")
@@ -137,10 +138,11 @@ def sample(model, tokenizer, prompts, temperature, args, spent=None):
     return responses, [row[: len(y)].tolist() for y, row in zip(responses, logps)]
 
 
-def preferences(model, tokenizer, rows, out, args, test=()):
+def preferences(model, tokenizer, rows, out, args):
     """Stage 1: pairs from --preferences or from ranked on-policy samples, a list per question."""
     if args.preferences:
-        return load_pairs(args.preferences, args.split, "--preferences", args, test)
+        held_out = data.held_out(args)
+        return load_pairs(args.preferences, args.preferences_split, "--preferences", args, held_out)
     torch.manual_seed(args.seed)  # a resumed run samples the same and draws the same noise
     rows = data.subset(rows, args.preference_questions, args.seed)
     path = out / "preferences.jsonl"
@@ -158,28 +160,30 @@ def preferences(model, tokenizer, rows, out, args, test=()):
         ranking = sorted(choices, key=lambda c: -args.slope * c["utility"] - c["luck"])
         if args.annotator == "human":
             ranking = annotator.ask(choices)
-        write_pairs(path, row, ranking, ties=args.annotator == "human")
+        write_pairs(path, row, ranking, human=args.annotator == "human")
     return load_pairs(str(path), "train", "--annotator", args)
 
 
-def write_pairs(path, row, ranking, ties):
+def write_pairs(path, row, ranking, human):
     """Save what a ranking of K completions of question `row` says at once: K (K - 1) / 2 pairs.
 
-    Without `ties`, pairs of equal utility are left out: the annotator would only toss a coin.
+    The simulated annotator's utilities are saved, too. Where they are equal it would only toss
+    a coin, so such pairs are left out.
     """
     pairs = []
     for i, chosen in enumerate(ranking):
         for rejected in ranking[i + 1 :]:
             has_text = chosen["text"].strip() and rejected["text"].strip()
-            if has_text and (ties or chosen["utility"] != rejected["utility"]):
+            if has_text and (human or chosen["utility"] != rejected["utility"]):
                 pair = {
                     "row": row,
                     "prompt": chosen["question"],
                     "chosen": chosen["text"],
                     "rejected": rejected["text"],
-                    "utility_chosen": chosen["utility"],
-                    "utility_rejected": rejected["utility"],
                 }
+                if not human:
+                    pair["utility_chosen"] = chosen["utility"]
+                    pair["utility_rejected"] = rejected["utility"]
                 pairs.append(pair)
     runs.append(path, pairs)
 
@@ -456,12 +460,13 @@ def self_check(model, tokenizer, rows, args):
 # ---- training --------------------------------------------------------------------------
 def main(args):
     train, test = data.load_splits(args, no_gold=args.annotator == "human")
-    data.check_sources(args, test)  # refuse what cannot be read before sampling, not after it
+    data.check_sources(args)  # refuse what cannot be read before sampling, not after it
     torch.manual_seed(args.seed)
     out, state, model, tokenizer = runs.open_run(args)
     reference, _ = models.load_model(args.model)  # pi_ref, frozen
     order = data.shuffled_batches(len(train), args.steps, args.batch_size)  # of row numbers
-    critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, not args.reward_model)
+    new_head = not args.reward_model  # its weights come below, from the reward model of stage 2
+    critic = models.load_scorer(args.reward_model or args.model, tokenizer, args, new_head)
     both = [*model.parameters(), *critic.parameters()]  # two networks, one AdamW
     optimizer = torch.optim.AdamW(both, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     # bf16 for activations only: weights and Adam's moments stay fp32
@@ -476,16 +481,17 @@ def main(args):
             if args.reward_model and args.eval_first == "on":  # as stage 2 does; R is still the critic
                 first = evaluate_reward(model, reference, critic, tokenizer, test, args)
                 runs.log(out, {"step": 0} | first)
+                flags.check_mean_score(first["eval_score"], args)
         runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)
     if not args.reward_model and "fitted" not in state:
         with autocast:
-            groups = preferences(model, tokenizer, train, out, args, test)
+            groups = preferences(model, tokenizer, train, out, args)
             if args.stop_after != "preferences":
                 fit_reward_model(model, tokenizer, groups, test, out, args)
                 state["fitted"] = True
         runs.save_model(out / "checkpoint-000000", model, tokenizer, optimizer, state)  # with its log
     if args.stop_after != "ppo":
-        return
+        return runs.finish(out, args)
     reward_model = models.load_scorer(args.reward_model or out / "reward_model", tokenizer, args)
     critic.load_state_dict(state.get("critic", reward_model.state_dict()))  # starts as R
     state |= {"critic": critic.state_dict(), "kl_coef": state.get("kl_coef", args.kl_coef)}

@@ -31,7 +31,7 @@ WIDE, WIDE_PERCENT, WIDTH = 96, 10, 110  # few lines are wider than WIDE, none i
 COMMENTS = (20, 40)  # per 100 code lines
 LONGEST_FUNCTION, LONGEST_MAIN = 60, 130  # lines
 LONGER = {
-    ("rlhf_ppo", "main"): 143,  # three stages, two networks in the last, and the scores before it
+    ("rlhf_ppo", "main"): 145,  # three stages, each may be the last; two networks, and the scores before them
     ("prefix_rft", "main"): 140,  # a second mask
     ("luffy", "main"): 145,  # and the gate of HPT
     ("grpo", "parse_args"): 65,  # a help text that says what a value does is a line of its own

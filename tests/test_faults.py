@@ -371,6 +371,11 @@ def test_too_little_space_is_reported_before_anything_is_moved(arguments, tmp_pa
     sft.main(sft.parse_args(arguments("sft", out)))
     with pytest.raises(SystemExit, match="two checkpoints take 0.0 GiB"):
         ppo.main(ppo.parse_args(arguments("rlhf_ppo", tmp_path / "ppo")))
+    usage = shutil._ntuple_diskusage(10**9, 10**9, enough // 4)  # two models
+    dpo = SCRIPTS["dpo"]
+    dpo.main(dpo.parse_args([*arguments("dpo", tmp_path / "evaluated"), "--steps", "0"]))
+    assert (tmp_path / "evaluated/final").exists()
+    assert not [*(tmp_path / "evaluated").glob("checkpoint-*")]
 
 
 # ---- bad input -------------------------------------------------------------------------------------------

@@ -681,6 +681,27 @@ def test_pairs_about_held_out_questions_are_left_out(tmp_path):
     assert [group[0]["prompt"] for group in groups] == ["q0", "q2"]
 
 
+@pytest.mark.parametrize("split", ["test", None])
+def test_all_held_out_questions_are_held_out_whatever_is_evaluated(split, tmp_path):
+    """Those that --eval-questions leaves out, too; with and without a split of their own."""
+    given = ["--eval-data", write(tmp_path / "t.jsonl", rows(9))] if split else []
+    path = write(tmp_path / "d.jsonl", [row | {"question": f"And {row['question']}"} for row in rows(90)])
+    args = grpo.parse_args(["--data", path, "--eval-questions", "2", *given])
+    train, test = data.load_splits(args)
+    held_out = {*data.held_out(args)["question"]}
+    assert len(test) == 2 and len(held_out) == 9
+    assert {*test["question"]} < held_out and not held_out & {*train["question"]}
+
+
+def test_pairs_have_a_split_of_their_own(tmp_path):
+    for split in ("train", "test"):
+        lines = [{"prompt": f"{split}?", "chosen": "1", "rejected": "2"}] * 2
+        write(tmp_path / f"{split}.jsonl", lines)
+    given = ["--pairs", str(tmp_path), "--split", "few_64"]
+    for more, asked in (([], "train?"), (["--pairs-split", "test"], "test?")):
+        assert dpo.load_pairs(dpo.parse_args([*given, *more]))[0][0] == asked
+
+
 # ---- environment -----------------------------------------------------------------------------------------
 
 

@@ -74,9 +74,9 @@ def questions(data):
 
 @pytest.fixture(scope="module")
 def pairs(questions, tmp_path_factory):
-    """A file of pairs. Half of them are about held-out questions."""
+    """A file of pairs, also about held-out questions."""
     rows = []
-    for i, question in enumerate([*questions["train"][:12], *questions["test"]]):
+    for i, question in enumerate([*questions["train"][:21], *questions["test"]]):
         both = {"chosen": f"{i} + 1 = {i + 1} \\boxed{{{i + 1}}}", "rejected": f"{i} - 1 \\boxed{{{i - 1}}}"}
         rows.append({"prompt": question} | both)
     return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
@@ -182,16 +182,16 @@ def test_dpo_trains_no_pair_about_a_held_out_question(truncated, questions):
     held_out = set(run.evaluate[0].args[2]["question"])
     trained = [row for row in read_jsonl(run.out / "samples.jsonl") if row.get("kind") != "evaluation"]
     asked = {row["question"] for row in trained}
-    assert len(held_out) == 3 and not held_out & asked
-    assert len(asked) == 21 and asked <= {*questions["train"], *questions["test"]}
+    assert len(held_out) == 3 and held_out < set(questions["test"])  # three of twelve are asked
+    assert asked == set(questions["train"][:21])
 
 
 def test_no_reward_model_is_fitted_to_a_pair_about_a_held_out_question(recorded, questions):
     run = recorded("rlhf_ppo")
     held_out = set(run.evaluate[0].args[2]["question"])
     asked = {pair["prompt"] for call in run.join_pairs for pair in call.args[1]}
-    assert len(held_out) == 3 and not held_out & asked
-    assert len(asked) == 21 and asked <= {*questions["train"], *questions["test"]}
+    assert len(held_out) == 3 and held_out < set(questions["test"])
+    assert asked == set(questions["train"][:21])
 
 
 def test_the_learning_rate_of_the_reward_model_falls_linearly(recorded):

@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 import common.tokenization as tok
 import grpo
 import rlhf_ppo as ppo
-from common.plumbing import annotator, data, models, runs
+from common.plumbing import annotator, data, models, ranks, runs
 from common.plumbing.flags import BadInput
 from common.plumbing.storage import read_state
 from tiny import make_tiny
@@ -149,8 +149,17 @@ def test_no_pair_has_a_blank_answer(tmp_path):
     """A response of EOS alone has no text, and a data set must have text: the pair is left out."""
     texts = {"1": 2.0, " \n": 1.0, "2": 0.0}
     ranked = [{"question": "q", "text": t, "utility": u} for t, u in texts.items()]
-    ppo.write_pairs(tmp_path / "pairs.jsonl", 0, ranked, ties=False)
-    assert [(x["chosen"], x["rejected"]) for x in runs.read_jsonl(tmp_path / "pairs.jsonl")] == [("1", "2")]
+    ppo.write_pairs(tmp_path / "pairs.jsonl", 0, ranked, human=False)
+    [pair] = runs.read_jsonl(tmp_path / "pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"], pair["utility_chosen"]) == ("1", "2", 2.0)
+
+
+def test_a_persons_pair_has_no_simulated_utility(tmp_path):
+    """Else `pair_accuracy_max` would be another annotator's bound. Equal ones are a person's choice, too."""
+    ranked = [{"question": "q", "text": t, "utility": 1.0} for t in "12"]
+    ppo.write_pairs(tmp_path / "pairs.jsonl", 0, ranked, human=True)
+    found = runs.read_jsonl(tmp_path / "pairs.jsonl")
+    assert found == [{"row": 0, "prompt": "q", "chosen": "1", "rejected": "2"}]
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------
@@ -790,6 +799,23 @@ def test_a_person_ranks_questions_whose_answer_does_not_parse(tmp_path):
         args = ppo.parse_args(["--data", own, "--eval-data", held_out, "--annotator", who])
         train, _ = data.load_splits(args, no_gold=args.annotator == "human")
         assert train["question"][:] == asked and train["gold"][-1] == "2"
+
+
+def test_a_person_is_not_asked_under_torchrun(monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    with pytest.raises(BadInput, match="run stage 1 without torchrun"):
+        data.check_sources(ppo.parse_args(["--annotator", "human"]))
+    data.check_sources(ppo.parse_args(["--annotator", "simulated"]))
+
+
+def test_a_reward_model_may_not_reward_truncation(train, tmp_path, monkeypatch):
+    """One from elsewhere is not shifted: its mean may be below the score of truncated responses."""
+    given = ["--reward-model", "tiny/model", *QUICK]
+    monkeypatch.setattr(ppo, "evaluate_reward", lambda *_: {"eval_score": -5.0})
+    scorer = models.load_scorer
+    monkeypatch.setattr(models, "load_scorer", lambda path, tok, args, *_: scorer(path, tok, args, True))
+    with pytest.raises(BadInput, match="--no-eos-score -2.0: the mean score is -5.00"):
+        train(tmp_path / "run", *given, "--steps", 1)
 
 
 def test_a_language_model_as_reward_model_is_refused_before_the_evaluation(train, tmp_path, monkeypatch):

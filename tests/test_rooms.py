@@ -40,7 +40,7 @@ ARROWS = {  # module -> the modules that it imports, all of which stand above it
     "plumbing.runs": "plumbing.flags plumbing.ranks plumbing.screen plumbing.configs plumbing.memory"
     " plumbing.models plumbing.decoding plumbing.storage plumbing.folders",
     "plumbing.evaluation": "tokenization verifier plumbing.flags",
-    "plumbing.annotator": "plumbing.flags plumbing.ranks",
+    "plumbing.annotator": "",
 }
 
 

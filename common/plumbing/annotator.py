@@ -1,11 +1,8 @@
 """Annotator: a person ranks completions at the terminal. The simulated one is in rlhf_ppo.py."""
 
-from common.plumbing import flags, ranks
-
 
 def ask(choices):
     """A person ranks completions of one question, best first: `2` of two, `2 3 1` of three."""
-    flags.demand(ranks.world_size() == 1, "--annotator human: run stage 1 without torchrun.")
     if len(choices) < 2:
         return []
     print("", choices[0]["question"], sep="\n")

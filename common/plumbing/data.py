@@ -29,10 +29,12 @@ def load_samples(out):
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
-def check_sources(args, test):
-    """Read what rlhf_ppo.py reads later, so that it is refused before anything is sampled."""
+def check_sources(args):
+    """Refuse what rlhf_ppo.py needs later before anything is sampled."""
+    asks = args.annotator == "human" and not (args.preferences or args.reward_model)
+    demand(not asks or ranks.world_size() == 1, "--annotator human: run stage 1 without torchrun.")
     if args.preferences and not args.resume:
-        load_pairs(args.preferences, args.split, "--preferences", args, test)
+        load_pairs(args.preferences, args.preferences_split, "--preferences", args, held_out(args))
     if args.reward_model and not args.resume:
         configs.read_folder(AutoConfig, args.reward_model, "--reward-model")
 
@@ -56,13 +58,12 @@ def load_splits(args, demonstrations=False, no_gold=False):
     imitates = demonstrations and args.steps > 0  # 0 steps only evaluate
     needs_column = imitates or (examples.has_hybrids(args) and args.steps > 0)
     train = load_questions(args.data, args.split, args, "--data", needs_column, no_gold)
-    path = args.eval_data or args.data
-    flag = "--eval-data" if args.eval_data else "--data"
-    split = held_out_split(path, flag, args)
+    path, flag, split = held_out_split(args)
     test = load_questions(path, split, args, flag, no_gold=no_gold) if split else None
     if not args.resume:  # the first run has checked the rest
         examples.look(train, f"{args.data}, {args.split}", args, show=needs_column)
-        lengths.check_rows(train, f"{args.data}, {args.split}", args, imitates)
+        if args.steps or not split:  # else none of these rows is used
+            lengths.check_rows(train, f"{args.data}, {args.split}", args, imitates)
         if split:
             lengths.check_rows(test, f"{path}, {split}", args)
     if split:
@@ -70,6 +71,8 @@ def load_splits(args, demonstrations=False, no_gold=False):
             train = without_questions(train, "question", test["question"], f"{flag} {path}")
     else:
         train, test = hold_out(train, args)
+        sentence = f"a tenth of the questions of {args.split} is held out and never trained on"
+        print(f"there is no other split to evaluate on: {sentence}")
 
     args.unparseable_gold = 0  # counted by with_gold, for args.json and the first line of metrics.jsonl
     if not demonstrations:
@@ -83,21 +86,30 @@ def load_splits(args, demonstrations=False, no_gold=False):
     return train, test
 
 
-def held_out_split(path, flag, args):
-    """The name of the split with the held-out rows; None where a part of the training split is held out."""
+def held_out(args):
+    """All held-out rows, also those that --eval-questions leaves out."""
+    path, flag, split = held_out_split(args)
+    if split:
+        return load_questions(path, split, args, flag, no_gold=True)
+    return hold_out(load_questions(args.data, args.split, args, "--data", no_gold=True), args)[1]
+
+
+def held_out_split(args):
+    """Path, its flag, and the split with the held-out rows; None where a part of --split is held out."""
+    path = args.eval_data or args.data
+    flag = "--eval-data" if args.eval_data else "--data"
     names = split_names(path, flag)
     same = path == args.data
     if os.path.exists(path) and os.path.exists(args.data):
         same = os.path.samefile(path, args.data)
     if same:
         names = [name for name in names if name != args.split]
-    if args.eval_split and not (same and args.eval_split == args.split):
-        return args.eval_split
+    split = names[0] if args.eval_data and names else None
     if args.eval_split:
-        return None
-    if "test" in names:
-        return "test"
-    return names[0] if args.eval_data and names else None
+        split = None if same and args.eval_split == args.split else args.eval_split
+    elif "test" in names:
+        split = "test"
+    return path, flag, split
 
 
 def hold_out(rows, args):
@@ -109,14 +121,12 @@ def hold_out(rows, args):
     ordered = sorted(set(keys), key=lambda text: hashlib.sha256(text.encode()).digest())
     sentence = "one question cannot be both trained on and held out; give --eval-data."
     demand(len(ordered) > 1, f"--data {args.data}: {sentence}")
-    held_out = set(ordered[: ceil(len(ordered) / 10)])
-    sentence = f"a tenth of the questions of {args.split} is held out and never trained on"
-    print(f"there is no split named test: {sentence}")
+    tenth = set(ordered[: ceil(len(ordered) / 10)])
     first = {}  # question -> its first row
     for i, text in enumerate(keys):
         first.setdefault(text, i)
-    train = [i for i, text in enumerate(keys) if text not in held_out]
-    return rows.select(train), rows.select(sorted(first[text] for text in held_out))
+    train = [i for i, text in enumerate(keys) if text not in tenth]
+    return rows.select(train), rows.select(sorted(first[text] for text in tenth))
 
 
 def with_gold(rows, args, no_gold=False):

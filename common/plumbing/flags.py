@@ -241,4 +241,12 @@ def check(args):
         demand(args.eval_first == "on", f"--eval-first off: {sentence}")
 
     sentence = "the model would not see the question; write {question} where it belongs."
-    demand("{question}" in args.prompt_template, f"--prompt-template: {sentence}")
+    for name in ("prompt_template", "hint_template", "rationalize"):
+        if given.get(name):
+            demand("{question}" in given[name], f"--{name.replace('_', '-')}: {sentence}")
+
+
+def check_mean_score(mean, args):
+    """Demand that a reward model's mean score on the initial policy is above that of a truncated response."""
+    sentence = f"the mean score is {mean:.2f}, so truncation would be a reward; choose a lower one."
+    demand(mean > args.no_eos_score, f"--no-eos-score {args.no_eos_score}: {sentence}")

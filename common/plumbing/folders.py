@@ -67,9 +67,12 @@ def open_folder(out, state, args, model_bytes):
         return
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    # weights and two moments, in the old and the new checkpoint; with a critic twice as much
-    need = (12 if hasattr(args, "reward_model") else 6) * model_bytes / 2**30
-    space = f"{free:.1f} GiB free, two checkpoints take {need:.1f} GiB"
+    need, what = model_bytes / 2**30, "final/ takes"  # all that --steps 0 writes
+    has_critic = hasattr(args, "reward_model")  # then stages 1 and 2 write, too
+    if args.steps or has_critic:
+        # weights and two moments, in the old and the new checkpoint; with a critic twice as much
+        need, what = (12 if has_critic else 6) * need, "two checkpoints take"
+    space = f"{free:.1f} GiB free, {what} {need:.1f} GiB"
     demand(need <= free, f"--output-dir {out}: {space}; free some space or choose another folder.")
     if need > 2 and args.steps:
         print(f"{out}: a checkpoint takes {need / 2:.1f} GiB, for a moment there are two")

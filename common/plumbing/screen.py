@@ -75,7 +75,7 @@ def summary(out, args, script):
 
 def evaluate_command(out, args, script):
     """The command of this run, with its final model and without training."""
-    replaced = ("--model", "--steps", "--output-dir", "--eval-first", "--preferences")
+    replaced = ("--model", "--steps", "--output-dir", "--eval-first", "--preferences", "--pairs")
     kept = []
     words = iter(sys.argv[1:])
     for word in words:
