@@ -1005,6 +1005,13 @@ def test_a_real_model_is_told_that_the_budget_is_the_tiny_worlds(script, capsys)
         assert args.max_new_tokens == int(given[1] if given else flags.TINY_BUDGET)
 
 
+@pytest.mark.parametrize("given, is_small", [([], False), ([], True), (["--annotator", "human"], False)])
+def test_the_simulated_annotators_taste_is_said_for_a_real_model(given, is_small, capsys):
+    flags.settle_rates(rlhf_ppo.parse_args(given), is_small)
+    said = "--annotator simulated likes short answers" in capsys.readouterr().out
+    assert said == (not given and not is_small)
+
+
 def test_a_step_with_mostly_truncated_completions_gets_one_hint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(screen, "SAID", set())
     step = {"step": 1, "truncated_frac": 0.77, "tokens_generated": 9}

@@ -163,6 +163,8 @@ def settle_rates(args, is_small):
     if not is_small and args.max_new_tokens == TINY_BUDGET:
         # the right number depends on the data, so there is no usual one to replace it
         print(f"--max-new-tokens {TINY_BUDGET} is for the tiny world; set it to what your answers need")
+    if not is_small and getattr(args, "annotator", None) == "simulated":
+        print("--annotator simulated likes short answers, as in the tiny world: docs/methods/rlhf_ppo.md")
 
 
 # ---- combinations ----------------------------------------------------------------------------------------
