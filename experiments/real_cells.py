@@ -29,8 +29,8 @@ class Size:
 
 SIZES = {
     "small": Size(8, 40, "fp32"),
-    "half": Size(4, 40, "fp32"),  # for two CPU cores
     "small-bf16": Size(8, 40, "bf16"),  # for a GPU, or a CPU with instructions for it
+    "half": Size(4, 40, "fp32"),  # for two CPU cores
     "large": Size(16, 80, "bf16"),
     "smoke": Size(2, 2, "fp32", 6, "--steps 2 --batch-size 2"),  # only tries everything
 }

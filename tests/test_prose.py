@@ -160,6 +160,7 @@ def test_no_other_number_of_the_readme_is_a_measurement():
         "3",  # the last demonstrated level
         "20",  # percent of a prefix that are trained
         "320",  # questions of experiments/real.py
+        "160",
         "32",
         "16",  # bits
     }  # fmt: skip
