@@ -128,7 +128,7 @@ def test_numbers_of_the_findings_are_measured():
     assert f"Without it pass@1 is {none} on these levels" in text
     assert f"with all prefix tokens trained it is {whole}, too." in text
     assert not any(records.lacking(found, row.key) for row in ROWS)
-    assert f"It has {len(ROWS)} rows, each a method in a regime. All have been run." in text
+    assert f"The study has {len(ROWS)} rows, each a method in a regime; all have been run." in text
 
 
 def test_no_other_number_of_the_readme_is_a_measurement():
@@ -137,7 +137,7 @@ def test_no_other_number_of_the_readme_is_a_measurement():
     text = re.sub(r"^\| \[?`.*$", "", text, flags=re.M)  # test_table.py, test_experiments.py
     text = re.sub(r"`[^`]+`|\]\([^)]*\)", "", text)
     text = re.sub(r"[+−]?[\d.]+ \[[^\]]+, [^\]]+\]", "", text)  # test_intervals_of_a_page_are_measured
-    text = re.sub(r"0\.\d{3}|It has \d+ rows", "", text)  # test_numbers_of_the_findings_are_measured
+    text = re.sub(r"0\.\d{3}|The study has \d+ rows", "", text)  # test_numbers_of_the_findings_are_measured
     text = re.sub(
         r"^\| measured on an H100.*$", "", text, flags=re.M
     )  # test_numbers_of_the_scope_are_measured
