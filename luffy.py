@@ -185,7 +185,7 @@ def draw_demonstration(tokenizer, row, step, args):
 
 
 def rollout(model, tokenizer, rows, step, args):
-    """A list of groups: G completions of a question with their rewards. The first has y*."""
+    """A list of groups: G completions of a question with their rewards; those with y* first."""
     rows = [row for row in rows for _ in range(args.group_size)]
     questions = [row["question"] for row in rows]
     golds = [row["gold"] for row in rows]

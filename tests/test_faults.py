@@ -373,7 +373,8 @@ def test_too_little_space_is_reported_before_anything_is_moved(arguments, tmp_pa
         ppo.main(ppo.parse_args(arguments("rlhf_ppo", tmp_path / "ppo")))
     usage = shutil._ntuple_diskusage(10**9, 10**9, enough // 4)  # two models
     dpo = SCRIPTS["dpo"]
-    dpo.main(dpo.parse_args([*arguments("dpo", tmp_path / "evaluated"), "--steps", "0"]))
+    more = ["--steps", "0", "--pairs", "nowhere"]  # they are not read
+    dpo.main(dpo.parse_args([*arguments("dpo", tmp_path / "evaluated"), *more]))
     assert (tmp_path / "evaluated/final").exists()
     assert not [*(tmp_path / "evaluated").glob("checkpoint-*")]
 
